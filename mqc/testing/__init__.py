@@ -1,0 +1,1 @@
+"""Helpers for tests and demonstrations: a generated task, models with known activations."""
