@@ -1,0 +1,1 @@
+"""The subcommands of ``mqc``, each a thin layer over :mod:`mqc.api`."""

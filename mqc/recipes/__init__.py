@@ -1,0 +1,1 @@
+"""Ready recipes (YAML); the file name without its suffix is the recipe's name."""

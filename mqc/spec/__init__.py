@@ -1,0 +1,1 @@
+"""Quantization schemes as frozen data with a versioned JSON form."""

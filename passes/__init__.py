@@ -1,0 +1,1 @@
+"""The passes, one a file. Each is usable alone and by name."""
