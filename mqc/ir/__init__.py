@@ -1,0 +1,23 @@
+"""The intermediate representation: typed fx graphs, their parameters, and tools on them."""
+
+from mqc.ir.params import ParamStore
+from mqc.ir.printer import format_component, format_program
+from mqc.ir.program import Component, Link, Program
+from mqc.ir.serialize import load_program, save_program
+from mqc.ir.types import SCALAR, Port, TensorType
+from mqc.ir.verifier import verify
+
+__all__ = [
+    "SCALAR",
+    "Component",
+    "Link",
+    "ParamStore",
+    "Port",
+    "Program",
+    "TensorType",
+    "format_component",
+    "format_program",
+    "load_program",
+    "save_program",
+    "verify",
+]

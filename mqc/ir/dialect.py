@@ -1,0 +1,108 @@
+"""Dialects: which operators a program may hold at a stage of its lowering.
+
+``captured`` is what ``torch.export`` gives. ``canonical`` is what every analysis and pass expects:
+no guards, no casts between float types, ``reshape`` instead of views, whole norms. ``quantized``
+is the lowered form that backends emit; each of its operators has an implementation in every
+backend, so its table is explicit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+VIEW_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "reshape.default permute.default transpose.int unsqueeze.default squeeze.dim "
+        "squeeze.dims squeeze.default expand.default slice.Tensor select.int split.Tensor "
+        "split_with_sizes.default unbind.int cat.default stack.default chunk.default "
+        "flatten.using_ints unflatten.int repeat.default repeat_interleave.self_int t.default "
+        "movedim.int roll.default pixel_shuffle.default pixel_unshuffle.default"
+    ).split()
+)
+INDEX_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "index.Tensor index_select.default gather.default embedding.default "
+        "masked_scatter.default masked_fill.Scalar where.self where.ScalarOther "
+        "where.ScalarSelf where.Scalar index_put.default scatter.src argsort.default "
+        "argsort.stable sort.stable cumsum.default arange.default arange.start "
+        "arange.start_step one_hot.default tril.default triu.default"
+    ).split()
+)
+POINTWISE_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar "
+        "div.Tensor div.Scalar neg.default pow.Tensor_Scalar pow.Scalar sqrt.default "
+        "rsqrt.default reciprocal.default exp.default log.default sin.default cos.default "
+        "tanh.default sigmoid.default relu.default gelu.default silu.default erf.default "
+        "softplus.default clamp.default minimum.default maximum.default abs.default "
+        "floor.default round.default eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor "
+        "lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar "
+        "logical_and.default logical_or.default logical_not.default bitwise_and.Tensor "
+        "bitwise_or.Tensor bitwise_not.default __and__.Tensor __or__.Tensor to.dtype "
+        "floor_divide.default remainder.Scalar"
+    ).split()
+)
+CREATE_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "full.default full_like.default zeros.default zeros_like.default ones.default "
+        "ones_like.default new_zeros.default new_ones.default new_full.default "
+        "scalar_tensor.default"
+    ).split()
+)
+COMPUTE_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "linear.default matmul.default bmm.default mm.default addmm.default "
+        "conv1d.default conv2d.default conv3d.default rms_norm.default layer_norm.default "
+        "scaled_dot_product_attention.default softmax.int _softmax.default mean.dim sum.dim_IntList "
+        "amax.default any.dim all.dim avg_pool2d.default adaptive_avg_pool2d.default "
+        "upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
+    ).split()
+)
+SIZE_OPS = frozenset(
+    (
+        "aten.sym_size.int operator.add operator.sub operator.mul operator.floordiv "
+        "operator.mod operator.getitem operator.neg operator.truediv math.trunc math.floor "
+        "torch.sym_max torch.sym_min torch.sym_int torch.sym_not operator.pow operator.eq "
+        "operator.ge operator.le operator.gt operator.lt"
+    ).split()
+)
+MQC_FLOAT_OPS = frozenset(
+    ("mqc.hadamard.default", "mqc.rank_update.default"),
+)
+MQC_QUANTIZED_OPS = MQC_FLOAT_OPS | frozenset(
+    f"mqc.{name}.default"
+    for name in (
+        "quantize_static linear_w4a8 linear_w8a8 linear_w4a16 linear_w8a16 embedding_w8"
+    ).split()
+)
+_SHARED = VIEW_OPS | INDEX_OPS | POINTWISE_OPS | CREATE_OPS | COMPUTE_OPS | SIZE_OPS
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A named table of legal call targets; ``legal`` None means that every operator may occur."""
+
+    name: str
+    legal: frozenset[str] | None
+
+    def illegal(self, targets: Iterable[str]) -> list[str]:
+        """Those of ``targets`` that may not occur, sorted, without repeats."""
+        if self.legal is None:
+            return []
+        return sorted(set(targets) - self.legal)
+
+
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect("captured", None),
+        Dialect("canonical", _SHARED | MQC_QUANTIZED_OPS),
+        Dialect("quantized", _SHARED | MQC_QUANTIZED_OPS),
+    )
+}

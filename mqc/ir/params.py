@@ -1,0 +1,86 @@
+"""The parameters of a program: tensors by name, read from their checkpoint when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+
+import torch
+
+Loader = Callable[[], torch.Tensor]
+
+
+class ParamStore(MutableMapping[str, torch.Tensor]):
+    """Name to tensor. A value may be a :data:`Loader`, called once, when the tensor is first read.
+
+    Stored tensors are immutable by convention: a pass that changes a weight stores a new tensor
+    under a new name (:meth:`add`), so tied weights untie by themselves and copies of a program
+    share what they do not change.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, torch.Tensor | Loader] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._values[name]
+        if not isinstance(value, torch.Tensor):
+            value = value()
+            self._values[name] = value
+        return value
+
+    def __setitem__(self, name: str, value: torch.Tensor | Loader) -> None:
+        self._values[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether the tensor is in memory (reading it costs nothing)."""
+        return isinstance(self._values[name], torch.Tensor)
+
+    def add(self, hint: str, value: torch.Tensor) -> str:
+        """Store ``value`` under a new name derived from ``hint``; return the name."""
+        base, _, suffix = hint.rpartition("~")
+        if not (base and suffix.isdigit()):
+            base = hint
+        index = 1
+        while f"{base}~{index}" in self._values:
+            index += 1
+        name = f"{base}~{index}"
+        self._values[name] = value.detach().contiguous()
+        return name
+
+    def copy(self) -> ParamStore:
+        """A store that shares the tensors (and the loaders) of this one."""
+        other = ParamStore()
+        other._values = dict(self._values)
+        return other
+
+    def cast(self, dtype: torch.dtype) -> ParamStore:
+        """A store whose floating-point tensors are cast to ``dtype``, lazily."""
+        other = ParamStore()
+        for name in self._values:
+            other._values[name] = self._cast_loader(name, dtype)
+        return other
+
+    def _cast_loader(self, name: str, dtype: torch.dtype) -> Loader:
+        def load() -> torch.Tensor:
+            value = self[name]
+            return value.to(dtype) if value.is_floating_point() else value
+
+        return load
+
+    def prune(self, used: set[str]) -> int:
+        """Forget every name not in ``used``; return how many were dropped."""
+        unused = [name for name in self._values if name not in used]
+        for name in unused:
+            del self._values[name]
+        return len(unused)

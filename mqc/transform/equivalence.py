@@ -1,0 +1,134 @@
+"""Does a rewritten program compute the same function? Asked end to end, in float64.
+
+Inner values may differ (a rotated residual stream is another basis), so what is compared is what
+the model is for: logits of a prefill over visual and text rows, then of a decode step on the
+cache it left.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mqc.ir import Component, Port, Program
+from mqc.numerics.stats import relative_error
+
+SIZES = {"batch": 1, "past": 0}
+DEFAULT_SIZE = 16
+"""Value of a symbolic size that ``facts["example_sizes"]`` does not name."""
+
+
+def symbol_sizes(program: Program) -> dict[str, int]:
+    """A valid value for every symbol of the components' inputs (from the capture's examples)."""
+    return {**program.facts.get("example_sizes", {}), **SIZES}
+
+
+def random_input(
+    port: Port, sizes: dict[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """A random tensor that fits ``port``: normal floats, small non-negative integers, True."""
+    shape = [dim if isinstance(dim, int) else sizes.get(dim, DEFAULT_SIZE) for dim in port.type.shape]
+    if port.type.dtype.is_floating_point:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    if port.type.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    return torch.randint(0, 4, shape, dtype=port.type.dtype, generator=generator)
+
+
+def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Tensor]:
+    """Run all components once on random inputs made from ``seed``; return the logits.
+
+    Rows of the decoder's input: ``text`` token rows, then the rows of each other source, then
+    ``text`` token rows again, so that modalities interleave. Returns ``[prefill, decode]`` logits
+    of shape [1, rows, vocab].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = symbol_sizes(program)
+    decoder = program.components["decoder"]
+    visual = [
+        _run_source(program, program.components[link.source[0]], link.source[1], sizes, generator)
+        for link in program.links
+        if link.target[0] == "decoder" and link.source[0] != "embed"
+    ]
+    ids = torch.randint(
+        0, int(program.facts["vocab_size"]), (1, 2 * text + 1), generator=generator
+    )
+    rows = program.module("embed")(ids)[0][0]
+    embeds = torch.cat([rows[:text], *visual, rows[text : 2 * text]])[None]
+    is_visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
+    is_visual[0, text : embeds.shape[1] - text] = True
+    module = program.module("decoder")
+    cache = [
+        torch.zeros([_fixed(dim, {"batch": 1, "past": 0}) for dim in port.type.shape]).to(
+            port.type.dtype
+        )
+        for port in decoder.inputs
+        if port.axis("past") is not None
+    ]
+    prefill = _decode(decoder, module, embeds, 0, cache, is_visual)
+    step = _decode(
+        decoder, module, rows[None, -1:], embeds.shape[1], list(prefill[1:]), is_visual[:, :1]
+    )
+    return [prefill[0], step[0]]
+
+
+def _fixed(dim: int | str, sizes: dict[str, int]) -> int:
+    return dim if isinstance(dim, int) else sizes[dim]
+
+
+def _run_source(
+    program: Program,
+    component: Component,
+    output: str,
+    sizes: dict[str, int],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    inputs = [random_input(port, sizes, program.dtype, generator) for port in component.inputs]
+    values = program.module(component.name)(*inputs)
+    index = [port.name for port in component.outputs].index(output)
+    value: torch.Tensor = values[index]
+    return value.reshape(-1, value.shape[-1])
+
+
+def _decode(
+    decoder: Component,
+    module: torch.nn.Module,
+    embeds: torch.Tensor,
+    past: int,
+    cache: list[torch.Tensor],
+    is_visual: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """One decoder call for ``embeds`` [1, tokens, hidden] after ``past`` cached tokens."""
+    tokens = embeds.shape[1]
+    positions = torch.arange(past, past + tokens)
+    mask = torch.arange(past + tokens)[None, :] <= positions[:, None]
+    values = {
+        "inputs_embeds": embeds,
+        "mask": mask[None, None],
+        "logit_index": torch.arange(tokens)[None],
+        "modality": is_visual,
+    }
+    inputs = []
+    remaining = iter(cache)
+    for port in decoder.inputs:
+        if port.axis("past") is not None:
+            inputs.append(next(remaining))
+        elif port.name == "position_ids":
+            shape = [tokens if role == "token" else 1 for role in port.axes]
+            if port.axes[0] is None:
+                shape[0] = _fixed(port.type.shape[0], {})
+            inputs.append(positions.expand(shape).contiguous())
+        else:
+            inputs.append(values[port.name])
+    result: tuple[torch.Tensor, ...] = module(*inputs)
+    return result
+
+
+@torch.inference_mode()
+def end_to_end_error(before: Program, after: Program, seed: int = 0) -> float:
+    """Largest relative error (max abs difference over max abs) of the logits, in float64."""
+    left = example_run(before.to(torch.float64), seed)
+    right = example_run(after.to(torch.float64), seed)
+    return max(relative_error(b, a) for a, b in zip(left, right, strict=True))
+
+
+

@@ -1,0 +1,112 @@
+"""Runs a list of passes: contracts, verification, dumps, history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mqc.errors import PassPostconditionError, VerificationError
+from mqc.ir import Program, format_program, verify
+from mqc.transform.base import Pass, PassContext, PassResult, Skip, check_order
+from mqc.transform.equivalence import end_to_end_error
+
+TOLERANCE = 1e-10
+"""Largest relative error (float64, end to end) a function-preserving pass may leave."""
+
+Dump = Callable[[str, str], None]
+"""``dump(pass name, text of the program)``."""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did; kept for the report and, as JSON, in the program's history."""
+
+    name: str
+    counts: dict[str, int]
+    skips: list[Skip]
+    details: list[dict[str, Any]]
+    seconds: float
+    error: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the time, so that equal compiles write equal bytes."""
+        data: dict[str, Any] = {"pass": self.name, "counts": dict(sorted(self.counts.items()))}
+        if self.skips:
+            data["skips"] = [{"where": s.where, "reason": s.reason} for s in self.skips]
+        if self.details:
+            data["details"] = self.details
+        if self.error is not None:
+            data["verified"] = self.error <= TOLERANCE
+        return data
+
+
+@dataclass
+class PassManager:
+    """Runs ``passes`` in order on a copy of a program.
+
+    ``verify_each``: after every pass that declares ``preserves``, compare with the program before
+    it, end to end in float64. ``dump_after``: names of passes (or ``"all"``) after which ``dump``
+    gets the program's text. The structural verifier runs after every pass in any case.
+    """
+
+    passes: Sequence[Pass]
+    verify_each: bool = False
+    dump_after: Collection[str] = ()
+    dump: Dump | None = None
+    records: list[PassRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_order(self.passes)
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """The rewritten program. Errors of a pass name the pass."""
+        current = program.copy()
+        for index, item in enumerate(self.passes):
+            ctx.progress(item.name, index, len(self.passes))
+            current = self._run_one(item, current, ctx)
+        ctx.progress("done", len(self.passes), len(self.passes))
+        return current
+
+    def _run_one(self, item: Pass, current: Program, ctx: PassContext) -> Program:
+        start = time.perf_counter()
+        item.requires(current)
+        result = item.run(current.copy(), ctx)
+        if not isinstance(result, PassResult):
+            raise PassPostconditionError(
+                f"pass {item.name!r} returned {type(result).__name__}, not a PassResult"
+            )
+        try:
+            verify(result.program)
+            if ctx.limit is None:  # a bisected pass stops half-way on purpose
+                item.ensures(result)
+        except VerificationError as error:
+            raise PassPostconditionError(f"after pass {item.name!r}: {error}") from error
+        error_size = self._verify(item, current, result.program, ctx.seed)
+        record = PassRecord(
+            item.name,
+            dict(result.counts),
+            result.skips,
+            result.details,
+            time.perf_counter() - start,
+            error_size,
+        )
+        self.records.append(record)
+        result.program.history.append(record.to_json())
+        result.program.prune()
+        if self.dump is not None and ("all" in self.dump_after or item.name in self.dump_after):
+            self.dump(item.name, format_program(result.program))
+        return result.program
+
+    def _verify(self, item: Pass, before: Program, after: Program, seed: int) -> float | None:
+        if not (self.verify_each and item.preserves):
+            return None
+        error = end_to_end_error(before, after, seed)
+        if not error <= TOLERANCE:
+            raise PassPostconditionError(
+                f"pass {item.name!r} changed the function: relative error {error:.3g} "
+                f"in float64, allowed {TOLERANCE:g}",
+                hint="find the rewrite with --pass-limit, bisecting on its value",
+            )
+        return error
