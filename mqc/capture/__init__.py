@@ -1,0 +1,33 @@
+"""Capture: a Hugging Face vision-language model as a program of three graphs.
+
+Interfaces of the components that :func:`capture` makes (sizes in brackets, ``hidden`` is the
+width of the language model):
+
+``vision``
+    the family's own inputs for one call (one image of a variable grid, or the tiles of one image)
+    -> ``image_embeds`` [visual tokens, hidden], connector included.
+``embed``
+    ``input_ids`` int64 [batch, tokens] -> ``embeddings`` [batch, tokens, hidden].
+``decoder``
+    ``inputs_embeds`` [batch, tokens, hidden], ``position_ids`` int64 [batch, tokens] or
+    [3, batch, tokens], ``mask`` bool [batch, 1, tokens, past + tokens] (True: may attend; every
+    row attends to itself), ``logit_index`` int64 [batch, rows] (rows the head is computed for),
+    ``past_key_i``, ``past_value_i`` [batch, kv heads, past, head dim] -> ``logits``
+    [batch, rows, vocabulary], ``present_key_i``, ``present_value_i``
+    [batch, kv heads, past + tokens, head dim]. One graph for prefill, chunks and decoding.
+"""
+
+from __future__ import annotations
+
+from mqc.capture.adapters import Adapter, GridAdapter, adapter_for, register
+from mqc.capture.build import capture
+from mqc.capture.locate import checkpoint_folder
+
+__all__ = [
+    "Adapter",
+    "GridAdapter",
+    "adapter_for",
+    "capture",
+    "checkpoint_folder",
+    "register",
+]

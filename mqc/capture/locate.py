@@ -1,0 +1,70 @@
+"""From what a user names (folder, embedded model, hub id) to a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, PretrainedConfig
+
+from mqc.errors import CheckpointError
+from mqc.models import EMBEDDED, embedded_model_path
+
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of checkpoint ``name``: an existing folder, an embedded model, or a hub id.
+
+    A hub id is downloaded (safetensors, configuration, tokenizer and processor files only) into
+    huggingface_hub's cache, and found there when offline. Raises :class:`CheckpointError`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if str(name) in EMBEDDED:
+        return embedded_model_path(str(name)).resolve()
+    embedded = ", ".join(sorted(EMBEDDED))
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if looks_local or path.exists():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"checkpoint {str(name)!r} {what}",
+            hint=f"give a folder, a hub id (owner/name), or an embedded model: {embedded}",
+        )
+    try:
+        return Path(
+            snapshot_download(str(name), revision=revision, allow_patterns=_PATTERNS)
+        ).resolve()
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{str(name)!r} is neither a folder nor a hub id: {error}",
+            hint=f"give a folder, a hub id (owner/name), or an embedded model: {embedded}",
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{str(name)!r} is no folder here, and fetching it from the hub failed: {reason}",
+            hint="check the name and the network (HF_TOKEN for gated models), or download it "
+            f"elsewhere and give the folder; embedded models need no network: {embedded}",
+        ) from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration in ``folder``. Raises :class:`CheckpointError`."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json", hint="give a folder in the Hugging Face layout"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"config.json in {folder} cannot be read: {reason}",
+            hint="the file is damaged, or its model type is unknown to the installed transformers",
+        ) from error
+    return config

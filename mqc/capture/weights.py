@@ -1,0 +1,212 @@
+"""Where the values of parameters come from: safetensors files, or a model in memory.
+
+A source yields loaders, not tensors: nothing is read before a parameter is used, and a tensor is
+checked (shape, finite values) and cast when it is. Names in a checkpoint are translated by the
+same table that ``from_pretrained`` applies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from mqc.errors import CheckpointError
+
+Loader = Callable[[], torch.Tensor]
+
+_CORRUPT_HINT = "download or save the checkpoint again"
+
+
+class FolderWeights:
+    """The safetensors files of a checkpoint folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all weight files (no tensor data).
+
+        Raises :class:`CheckpointError`: no safetensors file, a pickle-only checkpoint, a damaged
+        index, a missing or truncated file.
+        """
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                        self.where[key] = path
+                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is truncated or damaged: {error}", hint=_CORRUPT_HINT
+                ) from error
+
+    def loaders(
+        self, model: PreTrainedModel, types: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, Loader]:
+        """Loaders for the parameters named in ``types`` (name -> shape, dtype).
+
+        ``model`` is the skeleton that transformers' conversion table is asked about. Parameters
+        that the checkpoint does not hold are left out. Raises :class:`CheckpointError` for a wrong
+        shape (headers tell, nothing is read).
+        """
+        keys = _translated(model, self.where)
+        result: dict[str, Loader] = {}
+        for name, (shape, dtype) in types.items():
+            if name not in keys:
+                continue
+            key = keys[name]
+            if self.shapes[key] != shape:
+                raise CheckpointError(
+                    f"tensor {key!r} in {self.where[key]} has shape {list(self.shapes[key])}; "
+                    f"config.json asks for {list(shape)}",
+                    hint="config.json and the weights belong to different models",
+                )
+            result[name] = self._loader(key, dtype)
+        return result
+
+    def _loader(self, key: str, dtype: torch.dtype) -> Loader:
+        path = self.where[key]
+
+        def load() -> torch.Tensor:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensor: torch.Tensor = file.get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"tensor {key!r} in {path} cannot be read: {error}", hint=_CORRUPT_HINT
+                ) from error
+            return checked(tensor, key, str(path)).to(dtype)
+
+        return load
+
+    def digest(self) -> dict[str, str]:
+        """sha256 of every weight file by name. Reads the files."""
+        result = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return result
+
+
+class ModelWeights:
+    """The parameters and buffers of a model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.values = dict(model.named_parameters(remove_duplicate=False))
+        self.values.update(dict(model.named_buffers(remove_duplicate=False)))
+
+    def loaders(
+        self, model: PreTrainedModel, types: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, Loader]:
+        """As :meth:`FolderWeights.loaders`; a value changed after capture is read as changed
+        until it is first used."""
+        result: dict[str, Loader] = {}
+        for name, (shape, dtype) in types.items():
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if value.device.type == "meta":
+                raise CheckpointError(
+                    f"parameter {name!r} of the model is on the meta device: it has no values",
+                    hint="load the model without a meta device, or give its folder",
+                )
+            if tuple(value.shape) != shape:
+                raise CheckpointError(
+                    f"parameter {name!r} of the model has shape {list(value.shape)}; its "
+                    f"configuration asks for {list(shape)}",
+                    hint="resize the configuration with the model",
+                )
+            result[name] = self._loader(name, value, dtype)
+        return result
+
+    @staticmethod
+    def _loader(name: str, value: torch.Tensor, dtype: torch.dtype) -> Loader:
+        def load() -> torch.Tensor:
+            tensor = checked(value.detach(), name, "the model in memory")
+            return tensor.to("cpu", dtype, copy=True)
+
+        return load
+
+
+def checked(tensor: torch.Tensor, name: str, where: str) -> torch.Tensor:
+    """``tensor``, or :class:`CheckpointError` if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"tensor {name!r} in {where} holds {bad} NaN or infinite values",
+            hint="the checkpoint is broken; download or train it again",
+        )
+    return tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        try:
+            data: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(data["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}", hint=_CORRUPT_HINT) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks weight files named in its index: {', '.join(missing)}",
+                hint=_CORRUPT_HINT,
+            )
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt*")
+    )
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({', '.join(pickles)}), which mqc never loads",
+            hint="convert it: load it once with transformers and call "
+            "save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(
+        f"{folder} holds no model.safetensors", hint="give a complete Hugging Face checkpoint"
+    )
+
+
+def _translated(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Parameter name -> checkpoint key, as transformers renames keys on load.
+
+    transformers' own functions do the renaming; this is the only place that calls them. A
+    checkpoint whose tensors must be merged or split on load is refused.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    expected = model.state_dict()
+    prefix = model.base_model_prefix
+    result: dict[str, str] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        if pattern is not None and name in expected:
+            raise CheckpointError(
+                f"tensor {key!r} needs a conversion of its values to become {name!r}, which mqc "
+                "does not do",
+                hint="load the model with transformers and save_pretrained() it first",
+            )
+        result[name] = key
+    return result
