@@ -1,0 +1,115 @@
+"""Batches of prompts of different lengths, and which keys each of their rows may attend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mqc.errors import UsageError
+from mqc.host.prompt import Prompt
+
+Padding = Literal["left", "right"]
+
+AIFS = "aifs"
+"""Value of ``facts["kv_order"]`` for a decoder whose new keys enter the cache visual-first."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts padded to S tokens.
+
+    Attributes:
+        input_ids: int64 [B, S].
+        visual_mask: bool [B, S], False in padding.
+        valid: bool [B, S], False in padding.
+        position_ids: int64 [B, S] or [3, B, S], 0 in padding.
+        first: int64 [B], column of each prompt's first token.
+        lengths: int64 [B].
+        next_position: int64 [B].
+    """
+
+    input_ids: torch.Tensor
+    visual_mask: torch.Tensor
+    valid: torch.Tensor
+    position_ids: torch.Tensor
+    first: torch.Tensor
+    lengths: torch.Tensor
+    next_position: torch.Tensor
+
+    @property
+    def last(self) -> torch.Tensor:
+        """int64 [B], column of each prompt's last token."""
+        return self.first + self.lengths - 1
+
+
+def make_batch(prompts: Sequence[Prompt], padding: Padding = "right", pad_id: int = 0) -> Batch:
+    """Pad prompts on the left or on the right. Raises :class:`UsageError` for none, or empty."""
+    if not prompts:
+        raise UsageError("there is no prompt to run", hint="give at least one prompt")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UsageError("a prompt has no tokens", hint="give some text")
+    count, size = len(prompts), max(len(prompt) for prompt in prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    first = torch.zeros(count, dtype=torch.int64) if padding == "right" else size - lengths
+    columns = torch.arange(size)
+    valid = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
+    input_ids = torch.full((count, size), pad_id, dtype=torch.int64)
+    input_ids[valid] = torch.cat([prompt.input_ids for prompt in prompts])
+    visual_mask = torch.zeros(count, size, dtype=torch.bool)
+    visual_mask[valid] = torch.cat([prompt.visual_mask for prompt in prompts])
+    position_ids = torch.zeros(*prompts[0].position_ids.shape[:-1], count, size, dtype=torch.int64)
+    position_ids[..., valid] = torch.cat([prompt.position_ids for prompt in prompts], dim=-1)
+    next_position = torch.tensor([prompt.next_position for prompt in prompts])
+    return Batch(input_ids, visual_mask, valid, position_ids, first, lengths, next_position)
+
+
+class KeyTable:
+    """What each slot of the KV cache holds, for each sequence of a batch.
+
+    Attributes:
+        valid: bool [B, past], False where a slot holds a padding row's key.
+        order: int64 [B, past], causal index of each slot's token. Slots need not be in causal
+            order: a decoder under AIFS (MQuant, arXiv 2502.00425, section 3.3) stores the keys of
+            each call visual-first.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.valid = torch.zeros(batch, 0, dtype=torch.bool)
+        self.order = torch.zeros(batch, 0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return int(self.valid.shape[1])
+
+    def mask(self, valid: torch.Tensor) -> torch.Tensor:
+        """Who may attend whom in a call with T new rows; ``valid``: bool [B, T].
+
+        Returns bool [B, 1, T, past + T], True = may attend. Columns of the past follow the cache,
+        columns of the new rows are in natural order. A padding row attends itself alone, so that
+        no row's softmax is empty.
+        """
+        new = valid.shape[1]
+        causal = torch.ones(new, new, dtype=torch.bool).tril()
+        past = self.valid[:, None, :].expand(-1, new, -1)
+        allowed = torch.cat([past, causal & valid[:, None, :]], dim=2) & valid[:, :, None]
+        allowed[:, :, len(self) :] |= torch.eye(new, dtype=torch.bool)
+        return allowed[:, None]
+
+    def append(
+        self, visual_mask: torch.Tensor, valid: torch.Tensor, kv_order: str | None = None
+    ) -> None:
+        """Record the keys of a call; ``visual_mask`` and ``valid``: bool [B, T], natural order.
+
+        ``kv_order`` is the program's ``facts["kv_order"]``: None (slots in natural order) or
+        ``"aifs"`` (visual rows first, each group in natural order).
+        """
+        order = torch.arange(len(self), len(self) + valid.shape[1]).expand(valid.shape)
+        if kv_order == AIFS:
+            index = torch.argsort((~visual_mask).to(torch.int8), dim=1, stable=True)
+            order, valid = order.gather(1, index), valid.gather(1, index)
+        elif kv_order not in (None, "natural"):
+            raise UsageError(f"unknown order of the KV cache: {kv_order!r}")
+        self.valid = torch.cat([self.valid, valid], dim=1)
+        self.order = torch.cat([self.order, order], dim=1)

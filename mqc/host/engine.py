@@ -1,0 +1,177 @@
+"""The protocol between host and target, and the two things a language model does: read and write.
+
+An engine computes; it knows nothing of prompts, padding or masks. All tensors that the host makes
+(ids, positions, masks) are on the CPU; what an engine returns may live on its own device and is
+handed back to it unread, but for embeddings and logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mqc.errors import UsageError
+from mqc.host.batch import Batch, KeyTable, Padding, make_batch
+from mqc.host.prompt import Prompt
+
+Cache = Sequence[Any]
+"""An engine's KV cache: one entry per decoder port ``past_key_0, past_value_0, ...``, in order of
+the ports. Only the engine looks inside."""
+
+
+class Engine(Protocol):
+    """The three components of a compiled model, callable."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The program's facts (``kv_order``, token ids, ...)."""
+
+    def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One call of tower and connector, inputs by port name -> float [visual_tokens, hidden]."""
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [B, T] -> float [B, T, hidden]."""
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache of ``batch`` sequences with no past."""
+
+    def decoder(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        logit_index: torch.Tensor,
+        modality: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, Cache]:
+        """One pass over T new rows.
+
+        Args:
+            inputs_embeds: float [B, T, hidden].
+            position_ids: int64 [B, T] or [3, B, T].
+            mask: bool [B, 1, T, past + T], True = may attend (:class:`KeyTable`).
+            logit_index: int64 [B, R], the rows that logits are wanted of.
+            modality: bool [B, T], True = visual row; ignored by a decoder without that input.
+            cache: what :meth:`empty_cache` or the last call returned.
+
+        Returns:
+            (logits float [B, R, vocab], the cache with the T new rows).
+        """
+
+
+@dataclass
+class State:
+    """Sequences that an engine has read.
+
+    ``logits``: float32 [B, vocab] of each sequence's last token; ``next_position``: int64 [B];
+    ``axes``: leading axes of the position ids, () or (3,).
+    """
+
+    cache: Cache
+    keys: KeyTable
+    next_position: torch.Tensor
+    logits: torch.Tensor
+    axes: tuple[int, ...]
+
+
+def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tensor:
+    """Embeddings [B, S, hidden] with the vision tower's rows in the visual places.
+
+    Raises :class:`UsageError` where the tower gives another number of rows than the prompt has
+    image tokens.
+    """
+    embeds = engine.embed(batch.input_ids)
+    for index, prompt in enumerate(prompts):
+        wanted = int(prompt.visual_mask.sum())
+        pieces = [engine.vision(call) for call in prompt.vision_calls]
+        given = sum(piece.shape[0] for piece in pieces)
+        if wanted != given:
+            raise UsageError(
+                f"prompt {index} has {wanted} image tokens, but its {len(pieces)} images give "
+                f"{given} rows",
+                hint="give images as message parts and leave image tokens out of the text",
+            )
+        if pieces:
+            rows = torch.cat(pieces).to(embeds)
+            embeds[index, batch.visual_mask[index].to(embeds.device)] = rows
+    return embeds
+
+
+def prefill(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    chunk: int | None = None,
+    padding: Padding = "right",
+) -> State:
+    """Read prompts, at most ``chunk`` tokens a call (None: all at once)."""
+    batch = make_batch(prompts, padding)
+    rows = batch.last[:, None]
+    logits, cache, keys = read(engine, merge(engine, prompts, batch), batch, rows, chunk)
+    axes = tuple(batch.position_ids.shape[:-2])
+    return State(cache, keys, batch.next_position.clone(), logits[:, 0], axes)
+
+
+def read(
+    engine: Engine,
+    embeds: torch.Tensor,
+    batch: Batch,
+    rows: torch.Tensor,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, Cache, KeyTable]:
+    """Run the decoder over a merged batch; return logits of ``rows`` (int64 [B, R] columns).
+
+    Returns (logits float32 on the CPU [B, R, vocab], cache, keys). Chunks give the same result as
+    one call; each asks for as many logits rows as it holds at most.
+    """
+    if chunk is not None and chunk < 1:
+        raise UsageError(f"a chunk of {chunk} tokens is not possible", hint="use 1 or more")
+    count, size = batch.valid.shape
+    step = chunk or size
+    cache, keys = engine.empty_cache(count), KeyTable(count)
+    result: torch.Tensor | None = None
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
+        inside = (rows >= part.start) & (rows < part.stop)
+        wanted = inside.any(dim=0)
+        index = (rows[:, wanted] - start).clamp(0, part.stop - start - 1)
+        if not bool(wanted.any()):
+            index = torch.zeros(count, 1, dtype=torch.int64)
+        valid, visual = batch.valid[:, part], batch.visual_mask[:, part]
+        logits, cache = engine.decoder(
+            embeds[:, part],
+            batch.position_ids[..., part],
+            keys.mask(valid),
+            index,
+            visual,
+            cache,
+        )
+        keys.append(visual, valid, engine.facts.get("kv_order"))
+        if result is None:
+            result = torch.zeros(*rows.shape, logits.shape[-1])
+        if bool(wanted.any()):
+            new = logits.to("cpu", torch.float32)
+            result[:, wanted] = torch.where(inside[:, wanted, None], new, result[:, wanted])
+    assert result is not None
+    return result, cache, keys
+
+
+def decode_step(engine: Engine, state: State, tokens: torch.Tensor) -> State:
+    """Append one token to every sequence; ``tokens``: int64 [B]."""
+    count = tokens.shape[0]
+    valid = torch.ones(count, 1, dtype=torch.bool)
+    visual = torch.zeros(count, 1, dtype=torch.bool)
+    positions = state.next_position[:, None].expand(*state.axes, count, 1)
+    logits, cache = engine.decoder(
+        engine.embed(tokens[:, None]),
+        positions.contiguous(),
+        state.keys.mask(valid),
+        torch.zeros(count, 1, dtype=torch.int64),
+        visual,
+        state.cache,
+    )
+    state.keys.append(visual, valid, engine.facts.get("kv_order"))
+    last = logits[:, 0].to("cpu", torch.float32)
+    return State(cache, state.keys, state.next_position + 1, last, state.axes)

@@ -1,0 +1,93 @@
+"""A program as an engine, in plain torch: float programs, and lowered ones through the operators'
+reference implementations. It is the oracle for every other target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+import mqc.ops  # noqa: F401  (registers the operators that a lowered program calls)
+from mqc.errors import VerificationError
+from mqc.host.engine import Cache
+from mqc.ir import Port, Program
+
+
+class ProgramEngine:
+    """:class:`~mqc.host.engine.Engine` over the components of ``program``, on the CPU.
+
+    Components are built when first called. Floating-point inputs are cast to their port's dtype.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._modules: dict[str, fx.GraphModule] = {}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self.program.facts
+
+    def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rows [visual_tokens, hidden] of one tower call."""
+        embeds: torch.Tensor = self._call("vision", inputs)[0]
+        return embeds.reshape(-1, embeds.shape[-1])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, T, hidden] of int64 ids [B, T]."""
+        return self._call("embed", {"input_ids": ids})[0]
+
+    def empty_cache(self, batch: int) -> list[torch.Tensor]:
+        """One tensor [batch, kv_heads, 0, head_dim] per cache port."""
+        sizes = {"batch": batch, "past": 0}
+        return [
+            torch.zeros(
+                [size if isinstance(size, int) else sizes[size] for size in port.type.shape],
+                dtype=port.type.dtype,
+            )
+            for port in self._cache_ports()
+        ]
+
+    def decoder(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        logit_index: torch.Tensor,
+        modality: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See :meth:`mqc.host.engine.Engine.decoder`."""
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "mask": mask,
+            "logit_index": logit_index,
+            "modality": modality,
+        }
+        names = [port.name for port in self._cache_ports()]
+        inputs.update(zip(names, cache, strict=True))
+        logits, *present = self._call("decoder", inputs)
+        return logits, present
+
+    def _cache_ports(self) -> list[Port]:
+        ports = self.program.components["decoder"].inputs
+        return [port for port in ports if port.axis("past") is not None and port.name != "mask"]
+
+    def _call(self, name: str, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        component = self.program.components[name]
+        if name not in self._modules:
+            self._modules[name] = self.program.module(name)
+        values = []
+        for port in component.inputs:
+            value = inputs.get(port.name)
+            if value is None:
+                raise VerificationError(
+                    f"component {name!r} has input {port.name!r}, which the host does not give",
+                    hint=f"the host gives: {', '.join(inputs)}",
+                )
+            values.append(value.to(port.type.dtype))
+        with torch.inference_mode():
+            result: tuple[torch.Tensor, ...] = tuple(self._modules[name](*values))
+        return result
