@@ -97,30 +97,27 @@ def parse_override(text: str) -> dict[str, Any]:
 def component_override(component: str, label: str) -> dict[str, Any]:
     """``("decoder", "w3g64a8")`` as a mapping: weight bits, group size, activation bits.
 
-    ``a16`` leaves activations in float, ``float`` leaves all of the component in float.
+    ``a16`` leaves activations in float, ``float`` the whole component; the decoder's rows are then
+    not reordered, for there are no scales by modality.
     """
-    if label.lower() == "float":
-        return {component: {"weights": {"bits": None}, "activations": _activations(component, 16)}}
     match = _LABEL.fullmatch(label)
-    if match is None:
+    if match is None and label.lower() != "float":
         raise UsageError(
             f"{component} {label!r} is no bit setting", hint="for example w4a8, w3g64a8, w8a16"
         )
-    group = match["group"]
-    weights = {"bits": int(match["weights"]), "group_size": int(group) if group else None}
-    return {
-        component: {
-            "weights": weights,
-            "activations": _activations(component, int(match["activations"])),
-        }
+    static = match is not None and match["activations"] == "8"
+    group = match["group"] if match else None
+    weights = {
+        "bits": int(match["weights"]) if match else None,
+        "group_size": int(group) if group else None,
     }
-
-
-def _activations(component: str, bits: int) -> dict[str, Any]:
-    data: dict[str, Any] = {"bits": 8 if bits == 8 else None}
+    activations: dict[str, Any] = {"bits": 8 if static else None}
+    changes: dict[str, Any] = {component: {"weights": weights, "activations": activations}}
     if component == "decoder":
-        data["per_modality"] = bits == 8
-    return data
+        activations["per_modality"] = static
+        if not static:
+            changes["aifs"] = False
+    return changes
 
 
 def apply(scheme: Scheme, changes: Mapping[str, Any]) -> Scheme:
