@@ -22,12 +22,19 @@ from __future__ import annotations
 from mqc.capture.adapters import Adapter, GridAdapter, adapter_for, register
 from mqc.capture.build import capture
 from mqc.capture.locate import checkpoint_folder
+from mqc.capture.probe import ProbeReport, probe
+from mqc.capture.processor import Processor, load_processor, processor_files
 
 __all__ = [
     "Adapter",
     "GridAdapter",
+    "ProbeReport",
+    "Processor",
     "adapter_for",
     "capture",
     "checkpoint_folder",
+    "load_processor",
+    "probe",
+    "processor_files",
     "register",
 ]

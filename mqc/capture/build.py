@@ -59,7 +59,7 @@ class Source:
             _require_supported(self.config, trust_remote_code)
             self.weights = FolderWeights(self.folder)
             self.generation = _generation_config(self.folder)
-            self.facts = {"name": str(model), "kind": "folder", "revision": revision}
+            self.facts = _provenance(model, self.folder)
             self._build = lambda: AutoModelForImageTextToText.from_config(
                 self.config, trust_remote_code=trust_remote_code
             )
@@ -82,8 +82,11 @@ class Source:
         return skeleton
 
     def describe(self) -> dict[str, Any]:
-        """Provenance for ``facts["source"]``; reads the weight files once to hash them."""
-        if isinstance(self.weights, FolderWeights):
+        """Provenance for ``facts["source"]``: no paths of this machine, the same everywhere.
+
+        A hub snapshot is named by its commit; the weight files of any other folder are hashed.
+        """
+        if isinstance(self.weights, FolderWeights) and self.facts["kind"] != "hub":
             return {**self.facts, "sha256": self.weights.digest()}
         return dict(self.facts)
 
@@ -210,6 +213,12 @@ def model_facts(source: Source) -> dict[str, Any]:
         "rope_axes": adapter.rope_axes,
         "source": source.describe(),
     }
+
+
+def _provenance(name: str | Path, folder: Path) -> dict[str, Any]:
+    if folder.parent.name == "snapshots":  # huggingface_hub's cache: snapshots/<commit>
+        return {"name": str(name), "kind": "hub", "revision": folder.name}
+    return {"name": folder.name, "kind": "folder"}
 
 
 def _first(generation: GenerationConfig | None, name: str, *configs: PretrainedConfig) -> Any:
