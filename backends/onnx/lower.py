@@ -1,0 +1,159 @@
+"""The last rewrites before a program becomes ONNX, each for the sake of speed in onnxruntime.
+
+None changes what is computed: activations are quantized to the unsigned form (onnxruntime has no
+fast path for signed ones), weights of float linears are stored transposed (``MatMul`` takes them
+as they are), and keys and values repeated for grouped attention are repeated by the operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mqc.errors import TargetError
+from mqc.ir import Component, Program, TensorType
+from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
+from mqc.ir.params import Loader, ParamStore
+
+aten = torch.ops.aten
+
+_VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def lower(program: Program) -> tuple[Program, dict[str, int]]:
+    """A copy of ``program`` for this target, and how many of each rewrite were done.
+
+    Raises:
+        TargetError: the program computes in a type other than float32 that cannot be widened.
+    """
+    if program.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TargetError(
+            f"the onnx target computes in float32, and the program is {program.dtype}",
+            hint="convert it: program.to(torch.float32)",
+        )
+    result = program.copy() if program.dtype == torch.float32 else program.to(torch.float32)
+    counts = {"unsigned": 0, "transposed": 0, "grouped": 0}
+    for component in result:
+        counts["unsigned"] += _unsigned_activations(component)
+        counts["transposed"] += _transpose_weights(component, result.params)
+        counts["grouped"] += _group_attention(component)
+    eliminate_dead_code(result)
+    return result, counts
+
+
+def _unsigned_activations(component: Component) -> int:
+    """Let every ``quantize_static`` give uint8 with zero point 128."""
+    count = 0
+    for node in component.graph.nodes:
+        if node.op != "call_function" or str(node.target) != "mqc.quantize_static.default":
+            continue
+        args = [*node.args, *[None] * (3 - len(node.args))][:3]
+        node.args = (*args, True)
+        node.kwargs = {key: v for key, v in node.kwargs.items() if key != "unsigned"}
+        kinds = [node, *_views_of(node)]
+        for value in kinds:
+            value.meta["type"] = tensor_type(value).with_dtype(torch.uint8)
+        count += 1
+    return count
+
+
+def _views_of(node: fx.Node) -> list[fx.Node]:
+    """Values that only move elements of the int8 tensor ``node``."""
+    found: list[fx.Node] = []
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            kind = user.meta.get("type")
+            if isinstance(kind, TensorType) and kind.dtype == torch.int8 and user not in found:
+                found.append(user)
+                pending.append(user)
+    return found
+
+
+def _transpose_weights(component: Component, params: ParamStore) -> int:
+    """``linear(x, W, b)`` -> ``matmul(x, W^T) + b`` where W is a parameter."""
+    graph, count = component.graph, 0
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        columns, rows = tensor_type(weight).shape
+        name = f"{weight.target}.transposed"
+        if name not in params:
+            params[name] = _transposed(params, str(weight.target))
+        with graph.inserting_before(node):
+            turned = graph.create_node("get_attr", name)
+            turned.meta = {"type": tensor_type(weight).with_shape(rows, columns)}
+            new = call(graph, aten.matmul.default, (node.args[0], turned), tensor_type(node), node)
+            if bias is not None:
+                new = call(graph, aten.add.Tensor, (new, bias), tensor_type(node), node)
+        replace(node, new)
+        count += 1
+    return count
+
+
+def _transposed(params: ParamStore, name: str) -> Loader:
+    return lambda: params[name].t().contiguous()
+
+
+def _group_attention(component: Component) -> int:
+    """Attention over repeated keys and values -> attention with ``enable_gqa``."""
+    count = 0
+    target = aten.scaled_dot_product_attention.default
+    for node in component.graph.find_nodes(op="call_function", target=target):
+        key, value = _unrepeated(node.args[1]), _unrepeated(node.args[2])
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if key is None or value is None or not _same_for_all_heads(mask):
+            continue
+        node.args = (node.args[0], key, value, *node.args[3:])
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
+        count += 1
+    return count
+
+
+def _same_for_all_heads(mask: Any) -> bool:
+    return mask is None or (tensor_type(mask).rank == 4 and tensor_type(mask).shape[1] == 1)
+
+
+def _unrepeated(node: Any) -> fx.Node | None:
+    """K [B,G,L,D] behind ``reshape(expand(unsqueeze(K, 2)), [B,H,L,D])``, or None."""
+    if not isinstance(node, fx.Node) or node.target not in _VIEWS:
+        return None
+    expand = node.args[0]
+    if not isinstance(expand, fx.Node) or expand.target is not aten.expand.default:
+        return None
+    unsqueeze = expand.args[0]
+    if not isinstance(unsqueeze, fx.Node):
+        return None
+    source = _before_unsqueeze(unsqueeze)
+    if source is None:
+        return None
+    batch, groups, length, width = tensor_type(source).shape
+    wide, result = tensor_type(expand).shape, tensor_type(node).shape
+    repeats = wide[2]
+    if not isinstance(groups, int) or not isinstance(repeats, int):
+        return None
+    expected = (batch, groups, repeats, length, width)
+    if wide != expected or result != (batch, groups * repeats, length, width):
+        return None
+    return source
+
+
+def _before_unsqueeze(node: fx.Node) -> fx.Node | None:
+    """X [B,G,L,D] where ``node`` is X[:, :, None] as unsqueeze or as a reshape."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("type"), TensorType):
+        return None
+    kind = tensor_type(source)
+    if kind.rank != 4:
+        return None
+    while True:
+        if node.target is aten.unsqueeze.default and node.args[1] in (2, -3):
+            return source
+        if node.target in _VIEWS:
+            batch, groups, length, width = kind.shape
+            return source if tensor_type(node).shape == (batch, groups, 1, length, width) else None
+        return None

@@ -1,0 +1,182 @@
+"""The engine of target ``onnx``: one onnxruntime session a component.
+
+Tensors go in and out without copies where they are on the CPU: inputs are read where torch holds
+them, and the cache stays inside onnxruntime as what the last call gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mqc.backends.onnx.library import ops_library
+from mqc.errors import ArtifactError, TargetError, VerificationError
+from mqc.host.engine import Cache
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise TargetError("onnxruntime is not installed", hint="pip install mqc[cpu]") from error
+
+_HOST_INPUTS = ("inputs_embeds", "position_ids", "mask", "logit_index", "modality")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+class OnnxEngine:
+    """:class:`~mqc.host.engine.Engine` over ``vision.onnx``, ``embed.onnx`` and ``decoder.onnx``.
+
+    Args:
+        folder: where the files are.
+        facts: the program's facts, from the artifact's manifest.
+        threads: threads of each session; None takes torch's number (``OMP_NUM_THREADS``).
+        provider: "cpu" or "cuda".
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+        TargetError: the provider is unknown or not present in this onnxruntime.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        *,
+        threads: int | None = None,
+        provider: str = "cpu",
+    ) -> None:
+        self._facts = facts
+        self._device = provider
+        providers = _providers(provider)
+        self.sessions = {
+            name: open_session(folder / f"{name}.onnx", providers, threads)
+            for name in ("vision", "embed", "decoder")
+        }
+        decoder = self.sessions["decoder"]
+        self._cache_inputs = [i for i in decoder.get_inputs() if i.name not in _HOST_INPUTS]
+        self._outputs = [output.name for output in decoder.get_outputs()]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._facts
+
+    def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rows [visual_tokens, hidden] of one tower call."""
+        embeds = self._run("vision", inputs)
+        return embeds.reshape(-1, embeds.shape[-1])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, T, hidden] of int64 ids [B, T]."""
+        return self._run("embed", {"input_ids": ids})
+
+    def empty_cache(self, batch: int) -> list[Any]:
+        """One empty onnxruntime tensor [batch, kv_heads, 0, head_dim] per cache port."""
+        cache = []
+        for port in self._cache_inputs:
+            sizes = {"batch": batch}
+            shape = [n if isinstance(n, int) else sizes.get(n, 0) for n in port.shape]
+            dtype = torch.empty(0, dtype=_DTYPES[port.type]).numpy().dtype
+            cache.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)))
+        return cache
+
+    def decoder(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        logit_index: torch.Tensor,
+        modality: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """See :meth:`mqc.host.engine.Engine.decoder`; the cache holds ``OrtValue`` tensors."""
+        session = self.sessions["decoder"]
+        values = (inputs_embeds, position_ids, mask, logit_index, modality)
+        given = dict(zip(_HOST_INPUTS, values, strict=True))
+        binding = session.io_binding()
+        kept = []
+        for port in session.get_inputs():
+            if port.name in given:
+                kept.append(_value(given[port.name], port))
+                binding.bind_ortvalue_input(port.name, kept[-1])
+        for port, past in zip(self._cache_inputs, cache, strict=True):
+            binding.bind_ortvalue_input(port.name, past)
+        for index, name in enumerate(self._outputs):
+            binding.bind_output(name, self._device if index else "cpu")
+        session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return torch.from_numpy(logits.numpy()), present
+
+    def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        session, feeds = self.sessions[name], {}
+        for port in session.get_inputs():
+            if port.name not in inputs:
+                raise VerificationError(
+                    f"component {name!r} has input {port.name!r}, which the host does not give",
+                    hint=f"the host gives: {', '.join(inputs)}",
+                )
+            feeds[port.name] = _array(inputs[port.name], port)
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+
+def open_session(
+    path: Path, providers: list[str] | None = None, threads: int | None = None
+) -> ort.InferenceSession:
+    """A session of one file, with the operator library where there is one.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or asks for an operator that is not there.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", hint="copy or compile the artifact again")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    library = ops_library()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers or [_PROVIDERS["cpu"]])
+    except Exception as error:
+        raise ArtifactError(
+            f"onnxruntime cannot open {path}: {_reason(error)}",
+            hint="copy or compile the artifact again",
+        ) from error
+
+
+def _providers(name: str) -> list[str]:
+    wanted = _PROVIDERS.get(name)
+    if wanted is None:
+        raise TargetError(
+            f"unknown onnxruntime provider {name!r}", hint=f"use {' or '.join(_PROVIDERS)}"
+        )
+    if wanted not in ort.get_available_providers():
+        raise TargetError(
+            f"this onnxruntime has no {wanted}",
+            hint="pip install mqc[gpu] in place of mqc[cpu]" if name == "cuda" else None,
+        )
+    return [wanted] if name == "cpu" else [wanted, _PROVIDERS["cpu"]]
+
+
+def _array(tensor: torch.Tensor, port: Any) -> np.ndarray[Any, Any]:
+    """The tensor's memory in the dtype of an input."""
+    array: np.ndarray[Any, Any] = tensor.detach().to("cpu", _DTYPES[port.type]).contiguous().numpy()
+    return array
+
+
+def _value(tensor: torch.Tensor, port: Any) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(_array(tensor, port))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

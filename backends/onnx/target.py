@@ -1,0 +1,89 @@
+"""Target ``onnx``: lower, emit, load."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mqc.artifact import ArtifactWriter
+from mqc.errors import TargetError
+from mqc.host.engine import Engine
+from mqc.host.runnable import Runnable, load_runnable
+from mqc.ir import Program, TensorType
+
+COMPONENTS = ("vision", "embed", "decoder")
+
+
+class OnnxTarget:
+    """One ONNX file a component, in standard operators and ``ai.mqc`` ones with their bodies.
+
+    Args:
+        threads: threads of an onnxruntime session; None takes torch's number.
+        provider: "cpu", or "cuda" where onnxruntime-gpu and a device are present.
+    """
+
+    name = "onnx"
+    dialect = "quantized"
+    description = "ONNX files for onnxruntime; integer results equal the reference's bit by bit"
+
+    def __init__(self, threads: int | None = None, provider: str = "cpu") -> None:
+        self.threads = threads
+        self.provider = provider
+
+    def available(self) -> str | None:
+        """None, or what has to be installed. Emitting needs no onnxruntime; running does."""
+        missing = [name for name in ("onnx", "onnxscript") if not _installed(name)]
+        if missing:
+            return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}"
+        return None
+
+    def lower(self, program: Program) -> Program:
+        """A copy with unsigned activations and weights laid out as onnxruntime wants them."""
+        from mqc.backends.onnx.lower import lower
+
+        return lower(program)[0]
+
+    def emit(
+        self,
+        program: Program,
+        writer: ArtifactWriter,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        """Write ``vision.onnx``, ``embed.onnx``, ``decoder.onnx`` and their ``.data`` files."""
+        from mqc.backends.onnx.emit import emit
+
+        writer.require_space(parameter_bytes(program))
+        emit(program, writer.path("decoder.onnx").parent, progress)
+
+    def load(self, path: Path) -> Runnable:
+        """Open an artifact that :meth:`emit` wrote. Raises :class:`TargetError` without
+        onnxruntime."""
+        if not _installed("onnxruntime"):
+            raise TargetError(
+                f"artifact {path} needs onnxruntime, which is not installed",
+                hint="pip install mqc[cpu]",
+            )
+        return load_runnable(path, self._engine)
+
+    def _engine(self, folder: Path, manifest: Mapping[str, Any]) -> Engine:
+        from mqc.backends.onnx.session import OnnxEngine
+
+        return OnnxEngine(folder, manifest["facts"], threads=self.threads, provider=self.provider)
+
+
+def parameter_bytes(program: Program) -> int:
+    """Bytes of the parameters of all components; what two components share counts twice."""
+    total = 0
+    for component in program:
+        kinds = {str(n.target): n.meta["type"] for n in component.graph.find_nodes(op="get_attr")}
+        for kind in kinds.values():
+            assert isinstance(kind, TensorType)
+            total += math.prod(int(size) for size in kind.shape) * kind.dtype.itemsize
+    return total
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
