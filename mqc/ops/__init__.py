@@ -1,0 +1,35 @@
+"""The `mqc::` operators: schema, shape function, reference implementation and ONNX body of each.
+
+Importing this package registers them with torch (`torch.ops.mqc.*`). The reference
+implementations are the oracle every backend is compared with.
+
+Integer convention
+------------------
+- activations: symmetric int8, ``q = clamp(round_half_even(x / s), -127, 127)``. The unsigned form
+  is uint8 ``u = q + 128`` (zero point 128) for engines that multiply u8 x s8; the linear
+  operators read the form from the dtype of ``xq``.
+- weights: symmetric signed; 8 bits in [-127, 127] (int8), 4 in [-8, 7], 3 in [-4, 3], 2 in
+  [-2, 1]. One scale an output channel (``[N]``), or one a group of K / G inputs (``[N, G]``).
+- packed int4 (also the container of 3 and 2 bits): uint8 ``[N, ceil(K/2)]``, low nibble = even k,
+  high nibble = odd k, two's complement, an odd K padded with 0.
+- activation scales: ``[1]`` for all rows, or ``[2]`` indexed by modality: 0 text, 1 visual.
+- ``modality``: None; bool ``[B, S]``, True = visual (mask form); or int64 ``[B]``, the number of
+  leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.
+
+In ONNX an operator is a node of domain "ai.mqc", version 1; its op type names the variant by the
+inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_functions`).
+"""
+
+from mqc.ops import embedding, hadamard, linear_a8, linear_a16, quantize_static, rank_update
+from mqc.ops._library import OPS, OpDef
+
+__all__ = [
+    "OPS",
+    "OpDef",
+    "embedding",
+    "hadamard",
+    "linear_a8",
+    "linear_a16",
+    "quantize_static",
+    "rank_update",
+]

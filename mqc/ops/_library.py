@@ -1,0 +1,75 @@
+"""The one torch library of mqc, and the registry of its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from mqc.ops._onnx_body import Body
+
+LIBRARY = torch.library.Library("mqc", "DEF")
+
+Arguments = Mapping[str, Any]
+"""Arguments of one ONNX translation by schema name; tensors are onnx_ir values."""
+
+
+@dataclass(frozen=True)
+class OnnxForm:
+    """How an operator is written in ONNX.
+
+    Attributes:
+        name: base op type, e.g. "LinearW4A8".
+        flags: the variant of a call, in canonical order; op type = name + "_" + flags.
+        inputs: input names of a variant, in order.
+        body: writes the standard-op body of a variant and returns the name of its output.
+        dtypes: tensor dtypes (ONNX names) an input may have; "float" where not listed.
+        constants: extra inputs made from a call's arguments (name -> NumPy array).
+        attributes: integer schema arguments that are kept as attributes.
+    """
+
+    name: str
+    flags: Callable[[Arguments], tuple[str, ...]]
+    inputs: Callable[[Sequence[str]], tuple[str, ...]]
+    body: Callable[[Body, Sequence[str]], str]
+    dtypes: Mapping[str, str]
+    constants: Callable[[Arguments], Mapping[str, Any]] | None = None
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """An operator of the library `mqc`."""
+
+    name: str
+    schema: str
+    reference: Callable[..., torch.Tensor]
+    fake: Callable[..., torch.Tensor]
+    onnx: OnnxForm
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The function a graph calls: torch.ops.mqc.<name>.default."""
+        overload: torch._ops.OpOverload = getattr(torch.ops.mqc, self.name).default
+        return overload
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Argument names in schema order."""
+        return tuple(argument.name for argument in self.overload._schema.arguments)
+
+
+OPS: dict[str, OpDef] = {}
+"""All operators by name."""
+
+
+def register(op: OpDef) -> OpDef:
+    """Define an operator with its reference implementation for every device."""
+    LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mqc::{op.name}", op.fake, lib=LIBRARY)
+    OPS[op.name] = op
+    return op
