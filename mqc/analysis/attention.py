@@ -16,7 +16,7 @@ from mqc.analysis.flow import is_linear
 from mqc.analysis.index_trace import IndexTrace, channels_of, is_view
 from mqc.ir import Component, Program
 from mqc.ir.edit import aten, tensor_type
-from mqc.ir.symbols import evaluate_shape
+from mqc.ir.symbols import ExampleSizes, evaluate_shape
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -52,7 +52,7 @@ class Unpaired:
 
 def find_attention(program: Program) -> list[ValueOutputPair | Unpaired]:
     """Every attention of the program in graph order."""
-    sizes = {"batch": 1, "past": 0, "rows": 1, **_small_sizes(program)}
+    sizes = ExampleSizes(2, batch=1, past=0)
     found: list[ValueOutputPair | Unpaired] = []
     for component in program:
         for node in component.graph.find_nodes(op="call_function", target=SDPA):
@@ -61,11 +61,6 @@ def find_attention(program: Program) -> list[ValueOutputPair | Unpaired]:
             except _Reason as reason:
                 found.append(Unpaired(component.name, node, str(reason)))
     return found
-
-
-def _small_sizes(program: Program) -> dict[str, int]:
-    sizes = {str(k): int(v) for k, v in program.facts.get("example_sizes", {}).items()}
-    return {**sizes, "batch": 1, "past": 0}
 
 
 class _Reason(Exception):

@@ -29,11 +29,19 @@ CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 class Track(NamedTuple):
-    """A value holds a group's axis at ``axis`` (negative index), ``blocks`` times side by side."""
+    """A value holds a group's axis at ``axis`` (negative index), ``blocks`` times side by side.
+
+    ``normed``: the value passed a norm on its way (its mean, under LayerNorm, is gone).
+    """
 
     group: int
-    axis: int
-    blocks: int
+    axis: int = -1
+    blocks: int = 1
+    normed: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.axis, self.blocks
 
 
 class Site(NamedTuple):
@@ -44,6 +52,7 @@ class Site(NamedTuple):
     value: fx.Node
     axis: int = -1
     blocks: int = 1
+    normed: bool = False
 
 
 @dataclass
@@ -116,7 +125,7 @@ class ChannelFlow:
         index = len(self._groups)
         self._parent.append(index)
         self._groups.append(Group(width))
-        self.tracks[value] = Track(index, axis, 1)
+        self.tracks[value] = Track(index, axis)
         return self._groups[index]
 
     def _union(self, left: int, right: int) -> bool:
@@ -134,7 +143,7 @@ class ChannelFlow:
 
     def _site(self, node: fx.Node, value: fx.Node) -> Site:
         track = self.tracks[value]
-        return Site(self._component, node, value, track.axis, track.blocks)
+        return Site(self._component, node, value, *track[1:])
 
     def _group(self, value: fx.Node) -> Group:
         return self._groups[self._find(self.tracks[value].group)]
@@ -178,7 +187,7 @@ class ChannelFlow:
         track = self.track(value)
         moved = None if track is None else move_axis(node, track.axis, track.blocks)
         if track is not None and moved is not None:
-            self.tracks[node] = Track(track.group, *moved)
+            self.tracks[node] = Track(track.group, *moved, track.normed)
             self._barrier(node, *(n for n in node.all_input_nodes if n is not value))
         elif target_name(node.target) != "aten.sym_size.int":
             self._barrier(node, *node.all_input_nodes)
@@ -197,7 +206,7 @@ class ChannelFlow:
                 self._open(there, -1, width).sources.append(site)
             track = self.tracks[there]
             if here not in self.tracks:
-                self.tracks[here] = Track(track.group, -1, 1)
+                self.tracks[here] = Track(track.group)
             self._union(self.tracks[here].group, track.group)
 
     def _visit_outputs(self) -> None:
@@ -207,7 +216,7 @@ class ChannelFlow:
             value = component.output_value(port.name)
             if (component.name, port.name) not in linked:
                 self._barrier(component.output_node, value)
-            elif (track := self.track(value)) is not None and track[1:] != (-1, 1):
+            elif (track := self.track(value)) is not None and track.place != (-1, 1):
                 self._barrier(component.output_node, value)
                 del self.tracks[value]
 
@@ -259,7 +268,7 @@ def _norm(flow: ChannelFlow, node: fx.Node) -> None:
     if flow.norms_open:
         flow._write(node, -1)
     elif track is not None and whole and plain:
-        flow.tracks[node] = track
+        flow.tracks[node] = track._replace(normed=True)
     else:
         if whole:
             flow._group(value).norms.pop()
@@ -278,12 +287,12 @@ def _add(flow: ChannelFlow, node: fx.Node) -> None:
         track = flow.track(other)
         if track is not None and flow.track(value) is None and not flow.is_constant(value):
             same = tensor_type(value).shape[-1:] == tensor_type(node).shape[-1:]
-            if track[1:] == (-1, 1) and same:
+            if track.place == (-1, 1) and same:
                 flow._source(value)
     one, two = flow.track(left), flow.track(right)
     if one is not None and two is not None:
-        if one[1:] == two[1:] and one.blocks == 1 and flow._union(one.group, two.group):
-            flow.tracks[node] = one
+        if one.place == two.place and one.blocks == 1 and flow._union(one.group, two.group):
+            flow.tracks[node] = one._replace(normed=one.normed and two.normed)
             flow._group(node).adds += 1
         else:
             flow._barrier(node, left, right)
@@ -293,10 +302,8 @@ def _add(flow: ChannelFlow, node: fx.Node) -> None:
     if track is None:
         return
     if track.blocks == 1 and flow.is_constant(constant):
-        flow.tracks[node] = track
-        flow._group(node).constants.append(
-            Site(flow._component, node, constant, track.axis, track.blocks)
-        )
+        flow.tracks[node] = track._replace(normed=False)
+        flow._group(node).constants.append(Site(flow._component, node, constant, track.axis))
     else:
         flow._barrier(node, value)
 
@@ -329,14 +336,16 @@ def _join(flow: ChannelFlow, node: fx.Node, values: list[fx.Node], mixes_axis: b
         if track is None:
             good = good and flow.is_constant(value)
         else:
-            good = good and track[1:] == first[1:] and flow._union(first.group, track.group)
+            good = good and track.place == first.place and flow._union(first.group, track.group)
     if not good:
         flow._barrier(node, *values)
         return
-    flow.tracks[node] = first
+    tracks = [flow.track(value) for value in values]
+    normed = all(track is not None and track.normed for track in tracks)
+    flow.tracks[node] = first._replace(normed=normed)
     for value in values:
         if flow.track(value) is None:
-            site = Site(flow._component, node, value, first.axis, 1)
+            site = Site(flow._component, node, value, first.axis)
             flow._group(node).constants.append(site)
 
 

@@ -1,7 +1,8 @@
 """Dialects: which operators a program may hold at a stage of its lowering.
 
 ``captured`` is what ``torch.export`` gives. ``canonical`` is what every analysis and pass expects:
-no guards, no casts between float types, ``reshape`` instead of views, whole norms. ``quantized``
+no guards, no casts between float types, ``reshape`` instead of views, whole norms, patch
+convolutions as linears. ``quantized``
 is the lowered form that backends emit; each of its operators has an implementation in every
 backend, so its table is explicit.
 """
@@ -81,28 +82,40 @@ MQC_QUANTIZED_OPS = MQC_FLOAT_OPS | frozenset(
         "quantize_static linear_w4a8 linear_w8a8 linear_w4a16 linear_w8a16 embedding_w8"
     ).split()
 )
+UNCANONICAL_OPS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view.default _unsafe_view.default contiguous.default clone.default dropout.default "
+        "detach.default alias.default flatten.using_ints unflatten.int _to_copy.default "
+        "type_as.default _assert_tensor_metadata.default _assert_scalar.default "
+        "_assert_async.msg sym_constrain_range_for_size.default"
+    ).split()
+)
 _SHARED = VIEW_OPS | INDEX_OPS | POINTWISE_OPS | CREATE_OPS | COMPUTE_OPS | SIZE_OPS
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A named table of legal call targets; ``legal`` None means that every operator may occur."""
+    """A named table: all operators, or only ``legal`` ones, may occur, but never ``banned`` ones."""
 
     name: str
-    legal: frozenset[str] | None
+    legal: frozenset[str] | None = None
+    banned: frozenset[str] = frozenset()
 
     def illegal(self, targets: Iterable[str]) -> list[str]:
         """Those of ``targets`` that may not occur, sorted, without repeats."""
-        if self.legal is None:
-            return []
-        return sorted(set(targets) - self.legal)
+        found = set(targets)
+        wrong = found & self.banned
+        if self.legal is not None:
+            wrong |= found - self.legal
+        return sorted(wrong)
 
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect("captured", None),
-        Dialect("canonical", _SHARED | MQC_QUANTIZED_OPS),
-        Dialect("quantized", _SHARED | MQC_QUANTIZED_OPS),
+        Dialect("captured"),
+        Dialect("canonical", banned=UNCANONICAL_OPS),
+        Dialect("quantized", legal=_SHARED | MQC_QUANTIZED_OPS),
     )
 }

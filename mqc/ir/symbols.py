@@ -31,6 +31,17 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
+class ExampleSizes(dict[str, int]):
+    """Sizes to try a graph on: those given, and ``default`` for every other symbol."""
+
+    def __init__(self, default: int, **sizes: int) -> None:
+        super().__init__(sizes)
+        self.default = default
+
+    def __missing__(self, name: str) -> int:
+        return self.default
+
+
 def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
     """The number a size stands for. Raises ``KeyError`` for an unknown symbol.
 

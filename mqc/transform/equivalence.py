@@ -10,23 +10,16 @@ from __future__ import annotations
 import torch
 
 from mqc.ir import Component, Port, Program
+from mqc.ir.symbols import ExampleSizes, evaluate, evaluate_shape
 from mqc.numerics.stats import relative_error
 
-SIZES = {"batch": 1, "past": 0}
-DEFAULT_SIZE = 16
-"""Value of a symbolic size that ``facts["example_sizes"]`` does not name."""
+SIZES = ExampleSizes(3, batch=1, past=0)
+"""The sizes compared: one prompt, three blocks of patches or three tiles."""
 
 
-def symbol_sizes(program: Program) -> dict[str, int]:
-    """A valid value for every symbol of the components' inputs (from the capture's examples)."""
-    return {**program.facts.get("example_sizes", {}), **SIZES}
-
-
-def random_input(
-    port: Port, sizes: dict[str, int], dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
+def random_input(port: Port, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A random tensor that fits ``port``: normal floats, small non-negative integers, True."""
-    shape = [dim if isinstance(dim, int) else sizes.get(dim, DEFAULT_SIZE) for dim in port.type.shape]
+    shape = evaluate_shape(port.type.shape, SIZES)
     if port.type.dtype.is_floating_point:
         return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
     if port.type.dtype == torch.bool:
@@ -42,10 +35,9 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
     of shape [1, rows, vocab].
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = symbol_sizes(program)
     decoder = program.components["decoder"]
     visual = [
-        _run_source(program, program.components[link.source[0]], link.source[1], sizes, generator)
+        _run_source(program, program.components[link.source[0]], link.source[1], generator)
         for link in program.links
         if link.target[0] == "decoder" and link.source[0] != "embed"
     ]
@@ -58,9 +50,7 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
     is_visual[0, text : embeds.shape[1] - text] = True
     module = program.module("decoder")
     cache = [
-        torch.zeros([_fixed(dim, {"batch": 1, "past": 0}) for dim in port.type.shape]).to(
-            port.type.dtype
-        )
+        torch.zeros(evaluate_shape(port.type.shape, SIZES), dtype=port.type.dtype)
         for port in decoder.inputs
         if port.axis("past") is not None
     ]
@@ -71,18 +61,13 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
     return [prefill[0], step[0]]
 
 
-def _fixed(dim: int | str, sizes: dict[str, int]) -> int:
-    return dim if isinstance(dim, int) else sizes[dim]
-
-
 def _run_source(
     program: Program,
     component: Component,
     output: str,
-    sizes: dict[str, int],
     generator: torch.Generator,
 ) -> torch.Tensor:
-    inputs = [random_input(port, sizes, program.dtype, generator) for port in component.inputs]
+    inputs = [random_input(port, program.dtype, generator) for port in component.inputs]
     values = program.module(component.name)(*inputs)
     index = [port.name for port in component.outputs].index(output)
     value: torch.Tensor = values[index]
@@ -115,7 +100,7 @@ def _decode(
         elif port.name == "position_ids":
             shape = [tokens if role == "token" else 1 for role in port.axes]
             if port.axes[0] is None:
-                shape[0] = _fixed(port.type.shape[0], {})
+                shape[0] = evaluate(port.type.shape[0], SIZES)
             inputs.append(positions.expand(shape).contiguous())
         else:
             inputs.append(values[port.name])
@@ -125,10 +110,10 @@ def _decode(
 
 @torch.inference_mode()
 def end_to_end_error(before: Program, after: Program, seed: int = 0) -> float:
-    """Largest relative error (max abs difference over max abs) of the logits, in float64."""
-    left = example_run(before.to(torch.float64), seed)
-    right = example_run(after.to(torch.float64), seed)
+    """Largest relative error (max abs difference over max abs) of the logits.
+
+    Both programs compute in their own dtype; for a proof give float64 programs.
+    """
+    left = example_run(before, seed)
+    right = example_run(after, seed)
     return max(relative_error(b, a) for a, b in zip(left, right, strict=True))
-
-
-

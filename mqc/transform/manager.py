@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mqc.errors import PassPostconditionError, VerificationError
 from mqc.ir import Program, format_program, verify
@@ -47,7 +50,8 @@ class PassManager:
     """Runs ``passes`` in order on a copy of a program.
 
     ``verify_each``: after every pass that declares ``preserves``, compare with the program before
-    it, end to end in float64. ``dump_after``: names of passes (or ``"all"``) after which ``dump``
+    it, end to end. The comparison runs the pass on a float64 copy of the program, so that it sees the
+    rewrite and not the rounding of stored weights. ``dump_after``: names of passes (or ``"all"``) after which ``dump``
     gets the program's text. The structural verifier runs after every pass in any case.
     """
 
@@ -72,6 +76,7 @@ class PassManager:
     def _run_one(self, item: Pass, current: Program, ctx: PassContext) -> Program:
         start = time.perf_counter()
         item.requires(current)
+        error_size = self._verify(item, current, ctx)
         result = item.run(current.copy(), ctx)
         if not isinstance(result, PassResult):
             raise PassPostconditionError(
@@ -83,7 +88,6 @@ class PassManager:
                 item.ensures(result)
         except VerificationError as error:
             raise PassPostconditionError(f"after pass {item.name!r}: {error}") from error
-        error_size = self._verify(item, current, result.program, ctx.seed)
         record = PassRecord(
             item.name,
             dict(result.counts),
@@ -99,10 +103,12 @@ class PassManager:
             self.dump(item.name, format_program(result.program))
         return result.program
 
-    def _verify(self, item: Pass, before: Program, after: Program, seed: int) -> float | None:
+    def _verify(self, item: Pass, before: Program, ctx: PassContext) -> float | None:
         if not (self.verify_each and item.preserves):
             return None
-        error = end_to_end_error(before, after, seed)
+        wide = before.to(torch.float64)
+        after = item.run(wide.copy(), dataclasses.replace(ctx)).program
+        error = end_to_end_error(wide, after, ctx.seed)
         if not error <= TOLERANCE:
             raise PassPostconditionError(
                 f"pass {item.name!r} changed the function: relative error {error:.3g} "

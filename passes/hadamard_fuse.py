@@ -1,0 +1,282 @@
+"""Offline rotation of the residual streams and of the value heads, folded into the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mqc.analysis.attention import Unpaired, ValueOutputPair, find_attention
+from mqc.analysis.axes import move_axis
+from mqc.analysis.flow import NORMS, ChannelFlow, Group, Site
+from mqc.analysis.streams import Stream, find_free_groups, find_streams
+from mqc.errors import PassPreconditionError
+from mqc.ir import Program, TensorType
+from mqc.ir.edit import (
+    argument,
+    aten,
+    call,
+    eliminate_dead_code,
+    get_param,
+    param_value,
+    replace,
+    set_param,
+    tensor_type,
+)
+from mqc.numerics.rotation import rotation
+from mqc.transform import Pass, PassContext, PassResult, Skip
+
+
+class HadamardFuse(Pass):
+    """Rotate residual streams and value heads, offline (MQuant section 3.4, QuaRot).
+
+    Every stream gets one random orthogonal R: writers take R on their output side, readers R^T on
+    their input side, so the function is unchanged and outliers are spread over all channels.
+    LayerNorm streams use an R whose first row is 1/sqrt(n): in that basis the mean is channel 0,
+    so LayerNorm is RMSNorm once channel 0 is zero. Value heads get a rotation on the head axis.
+
+    Postcondition: no LayerNorm is left on a rotated stream; what had to stay online is counted.
+    """
+
+    name = "hadamard-fuse"
+    after = ("canonicalize", "fuse-norm")
+    preserves = True
+
+    def requires(self, program: Program) -> None:
+        if program.dialect != "canonical":
+            raise PassPreconditionError(
+                f"hadamard-fuse needs a canonical float program, not {program.dialect!r}",
+                hint="run canonicalize and fuse-norm first, quantizing passes later",
+            )
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        result = PassResult(program)
+        generator = torch.Generator().manual_seed(ctx.seed)
+        for stream in find_streams(ChannelFlow(program)):
+            for site in stream.group.sources:
+                if site.node.target in NORMS and ctx.take():
+                    _split_gain(program, site.node)
+                    result.counts["gains_as_linears"] += 1
+        flow = ChannelFlow(program)
+        streams = find_streams(flow)
+        for group in [*(stream.group for stream in streams), *find_free_groups(flow)]:
+            if not ctx.take():
+                continue
+            keep_mean = any(site.node.target == aten.layer_norm.default for site in group.norms)
+            matrix = rotation(group.width, generator, keep_mean_row=keep_mean)
+            _Rotator(program, flow, group, matrix, keep_mean).run()
+            is_stream = any(stream.group is group for stream in streams)
+            result.counts["streams" if is_stream else "free_groups"] += 1
+            result.counts["online"] += len(group.sources) + len(group.barriers)
+            result.details.append({"stream": Stream(group).describe()})
+            for site in (*group.sources, *group.barriers):
+                reason = f"an online rotation stays at {site.node.target}"
+                result.skips.append(Skip(f"{site.component}.%{site.node.name}", reason))
+        for pair in find_attention(program):
+            if isinstance(pair, Unpaired):
+                result.skips.append(Skip(f"{pair.component}.%{pair.attention.name}", pair.reason))
+            elif ctx.take():
+                _rotate_heads(program, pair, rotation(pair.head_dim, generator))
+                result.counts["value_heads"] += 1
+        eliminate_dead_code(program)
+        return result
+
+
+def _split_gain(program: Program, norm: fx.Node) -> None:
+    """``norm(x, gain, bias)`` that starts a stream: a plain norm and a linear diag(gain), bias.
+
+    The gain stands between two bases, so it cannot be folded into either; as a linear it can take
+    a rotation on both sides, which costs the same as rotating online.
+    """
+    gain = param_value(program.params, argument(norm, 2))
+    shift = param_value(program.params, argument(norm, 3)) if len(norm.args) > 3 else None
+    gain_node = argument(norm, 2)
+    if gain is None:
+        width = tensor_type(norm).shape[-1]
+        assert isinstance(width, int)
+        gain = torch.ones(width, dtype=tensor_type(norm).dtype)
+    hint = str(gain_node.target) if isinstance(gain_node, fx.Node) else norm.name
+    with norm.graph.inserting_after(norm):
+        linear = call(norm.graph, aten.linear.default, (norm, None), tensor_type(norm), norm)
+    norm.replace_all_uses_with(linear, delete_user_cb=lambda user: user is not linear)
+    set_param(program, linear, 1, torch.diag(gain), hint)
+    if norm.target == aten.layer_norm.default:
+        if shift is not None:
+            set_param(program, linear, 2, shift, hint.removesuffix("weight") + "bias")
+        norm.args = (*norm.args[:2], None, None, *norm.args[4:])
+    else:
+        norm.args = (*norm.args[:2], None, *norm.args[3:])
+
+
+class _Rotator:
+    """Applies one rotation to one group: y = R x on every value of the group."""
+
+    def __init__(
+        self, program: Program, flow: ChannelFlow, group: Group, matrix: Tensor, keep_mean: bool
+    ) -> None:
+        self.program = program
+        self.flow = flow
+        self.group = group
+        self.read = matrix.T.contiguous()
+        # Where only LayerNorms of single rows see the stream itself, nobody needs its mean:
+        # writers drop it (row 0 of R), and the norms need no centring.
+        raw = [s for s in (*group.readers, *group.barriers) if not s.normed]
+        row_norms = all(
+            s.node.target == aten.layer_norm.default and s.blocks == 1 for s in group.norms
+        )
+        self.centred = keep_mean and row_norms and not raw
+        self.write = matrix.clone()
+        if self.centred:
+            self.write[0] = 0.0
+        self.keep_mean = keep_mean
+
+    def run(self) -> None:
+        for site in self.group.writers:
+            self._writer(site)
+        for site in self.group.constants:
+            self._constant(site)
+        for site in self.group.readers:
+            self._reader(site)
+        for site in self.group.sources:
+            self._source(site)
+        for site in self.group.barriers:
+            self._barrier(site)
+        for site in self.group.norms:
+            if site.node.target == aten.layer_norm.default:
+                self._layer_norm(site)
+
+    def _param(self, node: fx.Node, index: int) -> Tensor | None:
+        value = param_value(self.program.params, argument(node, index))
+        return None if value is None else value.to(torch.float64)
+
+    def _set(self, node: fx.Node, index: int, value: Tensor) -> None:
+        set_param(self.program, node, index, value.to(self.program.dtype))
+
+    def _writer(self, site: Site) -> None:
+        node = site.node
+        if node.target == aten.embedding.default:
+            table = self._param(node, 0)
+            assert table is not None
+            self._set(node, 0, table @ self.write.T)
+            return
+        weight, bias = self._param(node, 1), self._param(node, 2)
+        assert weight is not None
+        self._set(node, 1, torch.tensordot(self.write, weight, dims=1))
+        if bias is not None:
+            self._set(node, 2, self.write @ bias)
+
+    def _reader(self, site: Site) -> None:
+        weight = self._param(site.node, 1)
+        assert weight is not None
+        blocks = weight.reshape(weight.shape[0], site.blocks, self.group.width) @ self.read
+        if self.centred or (self.keep_mean and site.normed and site.blocks == 1):
+            blocks[..., 0] = 0.0  # this channel is always zero here
+        self._set(site.node, 1, blocks.reshape(weight.shape))
+
+    def _constant(self, site: Site) -> None:
+        """Rotate the parameter behind a constant, or the constant itself where it has moved."""
+        chain, root = [site.value], site.value
+        while root.op != "get_attr":
+            root = root.all_input_nodes[0]
+            chain.append(root)
+        axis: tuple[int, int] | None = (-1, 1)
+        for node in reversed(chain[:-1]):
+            axis = None if axis is None else move_axis(node, *axis)
+        private = all(len(node.users) == 1 for node in chain)
+        values = self.program.params[str(root.target)].to(torch.float64)
+        if axis == (site.axis, 1) and private:
+            if values.shape[-1] != self.group.width:
+                values = values.expand(*values.shape[:-1], self.group.width)
+            rotated = (values @ self.write.T).to(self.program.dtype)
+            with root.graph.inserting_before(root):
+                replace(root, get_param(self.program, root.graph, str(root.target), rotated))
+        else:
+            self._apply(site.value, [site.node], site.axis, self.write)
+
+    def _source(self, site: Site) -> None:
+        users = [
+            user
+            for user in site.value.users
+            if user.op == "output" or (track := self.flow.track(user)) is not None
+            if user.op == "output" or self.flow.group_of(user) is self.group and track is not None
+        ]
+        self._apply(site.value, users, -1, self.write)
+
+    def _barrier(self, site: Site) -> None:
+        self._apply(site.value, [site.node], site.axis, self.read, site.blocks)
+
+    def _apply(
+        self, value: fx.Node, users: list[fx.Node], axis: int, matrix: Tensor, blocks: int = 1
+    ) -> None:
+        """Multiply the channel axis of ``value`` by ``matrix`` for ``users`` (an online rotation)."""
+        graph, kind = value.graph, tensor_type(value)
+        anchor = min(users)
+        with graph.inserting_before(anchor):
+            moved = value
+            if axis != -1:
+                moved = _transpose(moved, axis)
+            weight = torch.block_diag(*[matrix] * blocks).to(self.program.dtype)
+            param = get_param(self.program, graph, f"{value.name}.rotation", weight)
+            result = call(graph, aten.linear.default, (moved, param), tensor_type(moved), value)
+            if axis != -1:
+                result = _transpose(result, axis)
+        assert tensor_type(result) == kind
+        for user in users:
+            user.replace_input_with(value, result)
+
+    def _layer_norm(self, site: Site) -> None:
+        node, width = site.node, self.group.width * site.blocks
+        source = site.node.args[0]
+        assert isinstance(source, fx.Node)
+        with node.graph.inserting_before(node):
+            if not self.centred:
+                source = self._centre(node, source, site.blocks)
+            args = (source, [width], None, node.args[4])
+            norm = call(node.graph, aten.rms_norm.default, args, tensor_type(node), node)
+        replace(node, norm)
+
+    def _centre(self, node: fx.Node, source: fx.Node, blocks: int) -> fx.Node:
+        """Subtract the mean of all blocks, in the rotated basis.
+
+        The constant direction is u = R (1, .., 1) / sqrt(width): one channel a block. For one
+        block this zeroes channel 0; for several it is ``x - u (u . x)``.
+        """
+        graph, kind = node.graph, tensor_type(source)
+        direction = torch.zeros(blocks, self.group.width, dtype=self.program.dtype)
+        direction[:, 0] = 1.0
+        if blocks == 1:
+            mask = get_param(self.program, graph, f"{node.name}.centre", 1.0 - direction[0])
+            return call(graph, aten.mul.Tensor, (source, mask), kind, node)
+        unit = direction.flatten() / blocks**0.5
+        param = get_param(self.program, graph, f"{node.name}.mean", unit)
+        part = call(graph, aten.mul.Tensor, (source, param), kind, node)
+        inner = TensorType((*kind.shape[:-1], 1), kind.dtype)
+        total = call(graph, aten.sum.dim_IntList, (part, [-1], True), inner, node)
+        mean = call(graph, aten.mul.Tensor, (total, param), kind, node)
+        return call(graph, aten.sub.Tensor, (source, mean), kind, node)
+
+
+def _transpose(value: fx.Node, axis: int) -> fx.Node:
+    kind = tensor_type(value)
+    shape = list(kind.shape)
+    shape[axis], shape[-1] = shape[-1], shape[axis]
+    args = (value, axis % kind.rank, kind.rank - 1)
+    return call(value.graph, aten.transpose.int, args, kind.with_shape(*shape), value)
+
+
+def _rotate_heads(program: Program, pair: ValueOutputPair, matrix: Tensor) -> None:
+    """W_v[head] = R W_v[head], W_o[:, head] = W_o[:, head] R^T for every head."""
+    weight = program.params[str(pair.value.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
+    bias = param_value(program.params, argument(pair.value, 2))
+    rows = pair.value_rows
+    rotated = weight.clone()
+    rotated[rows] = torch.einsum("ij,hjk->hik", matrix, weight[rows])
+    set_param(program, pair.value, 1, rotated.to(program.dtype))
+    if bias is not None:
+        shifted = bias.to(torch.float64)
+        shifted[rows] = bias.to(torch.float64)[rows] @ matrix.T
+        set_param(program, pair.value, 2, shifted.to(program.dtype))
+    out = program.params[str(pair.output.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
+    columns = pair.output_columns
+    turned = out.clone()
+    turned[:, columns] = out[:, columns] @ matrix.T
+    set_param(program, pair.output, 1, turned.to(program.dtype))
