@@ -33,8 +33,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "model"
 
-_MODEL_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-_NOT_MODEL_FILES = ("*.index.json", "README*", "LICENSE*", "requirements*.txt")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -85,17 +83,16 @@ class ArtifactWriter:
 
         Returns the names. Raises :class:`ArtifactError` where there is no ``config.json``.
         """
+        from mqc.capture.processor import processor_files
+
         source = Path(source)
         if not (source / "config.json").is_file():
             raise ArtifactError(
                 f"{source} has no config.json", hint="give a folder in the Hugging Face layout"
             )
-        names = []
-        for file in sorted(source.iterdir()):
-            wanted = any(file.match(pattern) for pattern in _MODEL_PATTERNS)
-            if wanted and not any(file.match(p) for p in _NOT_MODEL_FILES) and file.is_file():
-                shutil.copyfile(file, self.path(f"{MODEL_FOLDER}/{file.name}"))
-                names.append(file.name)
+        names = [file.relative_to(source).as_posix() for file in processor_files(source)]
+        for name in names:
+            shutil.copyfile(source / name, self.path(f"{MODEL_FOLDER}/{name}"))
         return names
 
     def describe(

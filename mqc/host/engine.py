@@ -83,7 +83,7 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
     Raises :class:`UsageError` where the tower gives another number of rows than the prompt has
     image tokens.
     """
-    embeds = engine.embed(batch.input_ids)
+    embeds = engine.embed(batch.input_ids).clone()
     for index, prompt in enumerate(prompts):
         wanted = int(prompt.visual_mask.sum())
         pieces = [engine.vision(call) for call in prompt.vision_calls]

@@ -80,10 +80,11 @@ def build_prompt(
 ) -> Prompt:
     """Template, tokenise and preprocess one conversation.
 
-    ``processor`` is the model's transformers processor; relative image paths are taken from
-    ``base``. Raises :class:`UsageError` for messages of another form, unreadable pictures, text
+    ``processor`` is a transformers processor, or mqc's around one (:mod:`mqc.capture.processor`);
+    relative image paths are taken from ``base``. Raises :class:`UsageError` for messages of another form, unreadable pictures, text
     whose image placeholders do not match the pictures, and pictures the processor refuses.
     """
+    processor = getattr(processor, "hf", processor)
     plain, images = split_images(messages, base)
     text = _template(plain, processor)
     _check_placeholders(text, images, processor)

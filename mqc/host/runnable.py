@@ -27,7 +27,7 @@ class Runnable:
 
     Attributes:
         engine: the target's engine.
-        processor: the model's transformers processor.
+        processor: the model's processor (:func:`mqc.capture.load_processor`).
         adapter: the model family's adapter.
         manifest: the artifact's manifest, empty for a program that was never saved.
     """
