@@ -116,9 +116,11 @@ def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
 
 
 def _body(packed: bool, body: Body, flags: Sequence[str]) -> str:
-    """MatMulInteger(u8, s8): the fast integer product of onnxruntime's CPU provider.
+    """DequantizeLinear of u8 activations and s8 weights, then MatMul.
 
-    Signed activations have no fast product there and are shifted by 128 first.
+    onnxruntime fuses this to one integer product that scales its int32 sums on the way out
+    (MatMulIntegerToFloat); a plain MatMulInteger would leave Cast and Mul as extra passes over
+    the output. Signed activations have no fast product there and are shifted by 128 first.
     """
     x = "xq"
     if "s8" in flags:
@@ -127,26 +129,35 @@ def _body(packed: bool, body: Body, flags: Sequence[str]) -> str:
     zero_point = body.constant(np.uint8(ZERO_POINT))
     weight = weight_body(body, flags, packed)
     rows = row_scale_body(body, "xq", "x_scale", flags)
-    scale = "w_scale" if rows is not None else body("Mul", "w_scale", "x_scale")
-    if "group" in flags:
-        y = _grouped_product(body, x, weight, scale, zero_point)
+    if rows is None:
+        scale = body("Squeeze", "x_scale", body.axes(0))
     else:
-        product = body("MatMulInteger", x, body("Transpose", weight, perm=[1, 0]), zero_point)
-        y = body("Mul", body.cast(product, "FLOAT"), scale)
+        scale = body.constant(np.float32(1))
+    if "group" in flags:
+        y = _grouped_product(body, x, weight, zero_point)
+        y = y if rows is not None else body("Mul", y, scale)
+    else:
+        left = body("DequantizeLinear", x, scale, zero_point)
+        transposed = body("Transpose", weight, perm=[1, 0])
+        y = body("MatMul", left, body("DequantizeLinear", transposed, "w_scale", axis=1))
     if rows is not None:
         y = body("Mul", y, rows)
     return terms_body(body, y, flags)
 
 
-def _grouped_product(body: Body, x: str, weight: str, scale: str, zero_point: str) -> str:
-    """One batched product over groups, [G, M, N], scaled and summed over G; [..., N]."""
+def _grouped_product(body: Body, x: str, weight: str, zero_point: str) -> str:
+    """One batched integer product over groups, [G, M, N], scaled and summed over G; [..., N].
+
+    Weights stay one byte a value; slower than the per-channel form, for onnxruntime packs
+    constant weights ahead only where they are matrices.
+    """
     groups = body.dim("w_scale", 1)
     w = body("Transpose", grouped_weight_body(body, weight), perm=[1, 2, 0])
     size = body.dim(w, 1)
     split = body("Concat", body.axes(-1), groups, size, axis=0)
     rows = body("Transpose", body("Reshape", x, split), perm=[1, 0, 2])
     product = body.cast(body("MatMulInteger", rows, w, zero_point), "FLOAT")
-    by_group = body("Unsqueeze", body("Transpose", scale, perm=[1, 0]), body.axes(1))
+    by_group = body("Unsqueeze", body("Transpose", "w_scale", perm=[1, 0]), body.axes(1))
     total = body("ReduceSum", body("Mul", product, by_group), body.axes(0), keepdims=0)
     outer = body("Shape", "xq", start=0, end=-1)
     return body("Reshape", total, body("Concat", outer, body.dim("w_scale", 0), axis=0))
