@@ -26,7 +26,8 @@ FLOORS: list[set[str]] = [
     {"analysis", "capture", "calib", "host", "artifact"},
     {"passes"},
     {"cuda", "backends"},
-    {"", "config", "pipeline", "api", "cli", "commands"},
+    {"config", "pipeline", "progress", "loading"},
+    {"", "compiler", "evaluation", "inspection", "api", "commands", "cli"},
     {"testing"},
 ]
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}

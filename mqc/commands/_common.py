@@ -1,0 +1,200 @@
+"""What all subcommands share: options, tables, progress bars, JSON output, errors as messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from mqc.errors import MqcError, UsageError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
+
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, hub id, or embedded model such as tiny-qwen2-vl.")
+]
+ArtifactPath = Annotated[Path, typer.Argument(help="Folder that mqc compile wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run the checkpoint's code.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+]
+VerifyEach = Annotated[
+    bool,
+    typer.Option(
+        "--verify-each",
+        help="Prove, in float64, that each such pass leaves the logits as they are.",
+    ),
+]
+DumpAfter = Annotated[
+    list[str] | None,
+    typer.Option("--dump-after", help="Write the program's text after this pass, or after all."),
+]
+DumpFolder = Annotated[Path, typer.Option("--dump-dir", help="Folder for these texts.")]
+PassLimit = Annotated[
+    int | None,
+    typer.Option("--pass-limit", min=0, help="Stop rewriting after this many rewrites (bisect)."),
+]
+SchemeName = Annotated[
+    str | None,
+    typer.Option("--scheme", help="Named scheme: w4a8 (default), w4a8-all, w8a8, w4a16, float..."),
+]
+RecipeSource = Annotated[
+    str | None, typer.Option("--recipe", help="YAML recipe, or the name of a shipped one.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: --set decoder.weights.bits=3 (repeatable)."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the rotations' signs.")]
+
+
+def stdout() -> Console:
+    """The console of results. Made at each use, so that redirection is seen."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def stderr() -> Console:
+    """The console of progress, warnings and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """``data`` as JSON on stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table; columns whose name ends with ``>`` are aligned right."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        right = column.endswith(">")
+        result.add_column(column.removesuffix(">"), justify="right" if right else "left")
+    for row in rows:
+        result.add_row(*(escape("-" if cell is None else str(cell)) for cell in row))
+    return result
+
+
+class ProgressReporter:
+    """Two bars on stderr: stages of the whole call, and steps inside the stage.
+
+    Only terminals see bars; elsewhere each stage is one line.
+    """
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress = progress
+        self._console = console
+        self._stage = progress.add_task("starting", total=None)
+        self._step = progress.add_task("", total=None, visible=False)
+
+    def stage(self, name: str, index: int, count: int) -> None:
+        """Stage ``name``, the ``index``-th of ``count``, begins."""
+        self._progress.update(self._stage, description=name, completed=index, total=count)
+        self._progress.update(self._step, visible=False)
+        if not self._console.is_terminal and name != "done":
+            self._console.print(f"[{index + 1}/{count}] {name}", markup=False)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of ``what`` inside the stage are finished."""
+        self._progress.update(
+            self._step, description=f"  {what}", completed=done, total=total, visible=done < total
+        )
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressReporter]:
+    """A reporter whose bars vanish at the end."""
+    console = stderr()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield ProgressReporter(progress, console)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' and torch's warnings from the user's screen, unless asked for."""
+    if "MQC_DEBUG" not in os.environ:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
+    """Print ``error`` for people (stderr), with ``as_json`` also on stdout; return the exit code.
+
+    2 for a wrong argument, 1 for anything else, 130 for Ctrl-C.
+    """
+    console = stderr()
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        console.print("interrupted; nothing was written")
+        return INTERRUPTED
+    hint: str | None
+    if isinstance(error, MqcError):
+        message, hint = error.message, error.hint
+        console.print(f"[bold red]error:[/] {escape(message)}")
+    else:
+        message = f"{type(error).__name__}: {error}"
+        hint = "run again with --debug for the trace, and report it"
+        console.print(f"[bold red]internal error:[/] {escape(message)}")
+    if hint:
+        console.print(f"[bold]hint:[/] {escape(hint)}")
+    if as_json:
+        kind = type(error).__name__
+        print_json({"error": {"type": kind, "message": message, "hint": hint}})
+    return 2 if isinstance(error, UsageError) else 1
+
+
+class Group(TyperGroup):
+    """The command group: errors become messages and exit codes; ``--debug`` may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        options = args[:end]
+        ctx.ensure_object(dict).update(debug="--debug" in options, json="--json" in options)
+        if ctx.obj["debug"]:
+            os.environ["MQC_DEBUG"] = "1"
+        rest = [item for item in options if item != "--debug"]
+        parsed: list[str] = super().parse_args(ctx, rest + args[end:])
+        return parsed
+
+    def invoke(self, ctx: Any) -> Any:
+        quiet_libraries()
+        try:
+            return super().invoke(ctx)
+        except (MqcError, KeyboardInterrupt) as error:
+            raise typer.Exit(self._report(ctx, error)) from error
+        except Exception as error:
+            # The parser's own errors (wrong option, Exit) and a closed pipe are the framework's.
+            if _is_frameworks(error):
+                raise
+            raise typer.Exit(self._report(ctx, error)) from error
+
+    def _report(self, ctx: Any, error: BaseException) -> int:
+        return report_error(error, debug=ctx.obj["debug"], as_json=ctx.obj["json"])
+
+
+def _is_frameworks(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):
+        return True
+    return any(name in type(error).__module__ for name in ("click", "typer"))

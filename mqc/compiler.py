@@ -1,0 +1,290 @@
+"""Checkpoint to artifact, and passes by hand: ``compile`` and ``opt``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mqc.artifact import ArtifactWriter, folder_size
+from mqc.backends.registry import Target, get_target
+from mqc.calib.dataset import Dataset, load_dataset
+from mqc.calib.samples import CalibrationSet
+from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
+from mqc.config import make_recipe
+from mqc.errors import TargetError, UsageError
+from mqc.host import ProgramEngine, Runnable, append_answer
+from mqc.host.score import answer_ids
+from mqc.ir import Program, load_program, save_program
+from mqc.models import EMBEDDED
+from mqc.pipeline import default_passes, make_passes
+from mqc.progress import Reporter, Silent, Stages
+from mqc.spec import Scheme
+from mqc.transform import Pass, PassContext, PassManager, PassRecord
+
+if TYPE_CHECKING:
+    from mqc.host import Prompt
+
+CALIBRATION_SAMPLES = 256
+
+
+class FolderDump:
+    """Writes a program's text after a pass as ``NN-pass.txt`` into a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files: list[Path] = []
+
+    def __call__(self, pass_name: str, text: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{len(self.files):02d}-{pass_name}.txt"
+        path.write_text(text, encoding="utf-8")
+        self.files.append(path)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """A finished compile: where the artifact is, what was done, sizes in bytes."""
+
+    artifact: Path
+    target: str
+    scheme: Scheme
+    records: list[PassRecord]
+    calibration: dict[str, Any] | None
+    source_bytes: int
+    artifact_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "artifact": str(self.artifact),
+            "target": self.target,
+            "scheme": self.scheme.to_json(),
+            "passes": [{**r.to_json(), "seconds": round(r.seconds, 3)} for r in self.records],
+            "calibration_rows": (self.calibration or {}).get("rows", 0),
+            "source_bytes": self.source_bytes,
+            "artifact_bytes": self.artifact_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass
+class PassOptions:
+    """How passes are run, beside which: see :class:`mqc.transform.PassManager`."""
+
+    verify_each: bool = False
+    dump_after: Collection[str] = ()
+    dump_folder: str | Path = "mqc-dump"
+    limit: int | None = None
+
+
+def compile(  # noqa: A001  (mqc.compile)
+    model: str | Path,
+    *,
+    target: str = "onnx",
+    scheme: str | Scheme | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str | Mapping[str, Any]] = (),
+    passes: Sequence[str] = (),
+    calibration: str | Path | Sequence[Any] | None = None,
+    samples: int = CALIBRATION_SAMPLES,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    options: PassOptions | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> CompileReport:
+    """Compile a checkpoint into an artifact folder.
+
+    Args:
+        model: folder in the Hugging Face layout, hub id, or embedded model's name.
+        target: name of a target (``mqc targets``).
+        scheme, recipe, overrides: what is quantized and how; see :func:`mqc.config.make_recipe`.
+        passes: custom passes, ``module:Class``, beside those that the scheme asks for.
+        calibration: see :func:`mqc.calib.dataset.load_dataset`; embedded models have a generated
+            set.
+        samples: at most this many calibration rows are used.
+        out: artifact folder; ``<model>-<scheme>-<target>`` in the current folder by default.
+        seed: of the rotations' signs; the scheme's where None.
+        options: verification, dumps, bisection.
+        revision, trust_remote_code: as in transformers.
+        reporter: told how far the compile is.
+
+    Raises:
+        MqcError: of the kind that fits; nothing stands at ``out`` then.
+    """
+    start = time.perf_counter()
+    report = reporter or Silent()
+    chosen = make_recipe(scheme, recipe, overrides)
+    plan = chosen.scheme if seed is None else chosen.scheme.replace(seed=seed)
+    backend = _usable_target(target)
+    pipeline = default_passes(plan, [*chosen.passes, *passes])
+    stages = Stages(report, ["capture", *(item.name for item in pipeline), "emit"])
+    folder = checkpoint_folder(model, revision)
+    place = Path(out) if out else Path(f"{Path(model).name}-{plan.name}-{backend.name}")
+    with ArtifactWriter(place) as writer:
+        stages.enter("capture")
+        program = capture(
+            model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=report.step,
+        )
+        data = _calibration_rows(plan, program, calibration, samples)
+        calibrated = _calibration_set(data, program, folder) if data is not None else None
+        program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
+        stages.enter("emit")
+        lowered = backend.lower(program)
+        backend.emit(lowered, writer)
+        writer.copy_model_files(folder)
+        provenance = data.provenance() if data is not None else None
+        writer.describe(
+            target=backend.name,
+            scheme=plan.to_json(),
+            history=program.history,
+            facts=lowered.facts,
+            calibration=provenance,
+        )
+    stages.enter("done")
+    return CompileReport(
+        place,
+        backend.name,
+        plan,
+        records,
+        provenance,
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        folder_size(place),
+        time.perf_counter() - start,
+    )
+
+
+def opt(
+    source: str | Path,
+    passes: Sequence[str],
+    *,
+    scheme: str | Scheme | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str | Mapping[str, Any]] = (),
+    calibration: str | Path | Sequence[Any] | None = None,
+    samples: int = CALIBRATION_SAMPLES,
+    out: str | Path | None = None,
+    options: PassOptions | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[Program, list[PassRecord]]:
+    """Run passes by name on a saved program, or on a checkpoint captured for it.
+
+    ``out`` is a folder for the result (:func:`mqc.ir.save_program`). Raises as :func:`compile`.
+    """
+    report = reporter or Silent()
+    plan = make_recipe(scheme, recipe, overrides).scheme
+    pipeline = make_passes(passes, plan)
+    saved = (Path(source) / "program.json").is_file()
+    stages = Stages(report, ["read", *(item.name for item in pipeline)])
+    stages.enter("read")
+    program = (
+        load_program(Path(source))
+        if saved
+        else capture(source, trust_remote_code=trust_remote_code, progress=report.step)
+    )
+    calibrated = None
+    if {"static-scales", "quantize-weights", "rms-suppress"} & {item.name for item in pipeline}:
+        data = _calibration_rows(plan, program, calibration, samples)
+        if data is not None:
+            calibrated = _calibration_set(data, program, _model_folder(source, program))
+    program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_program(program, folder)
+    stages.enter("done")
+    return program, records
+
+
+def _usable_target(name: str) -> Target:
+    target = get_target(name)
+    reason = target.available()
+    if reason is not None:
+        raise TargetError(f"target {name!r} cannot be used: {reason}", hint="see mqc doctor")
+    return target
+
+
+def _run_passes(
+    pipeline: Sequence[Pass],
+    program: Program,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: PassOptions | None,
+    stages: Stages,
+) -> tuple[Program, list[PassRecord]]:
+    chosen = options or PassOptions()
+    names = {item.name for item in pipeline}
+    unknown = set(chosen.dump_after) - names - {"all"}
+    if unknown:
+        raise UsageError(
+            f"--dump-after names {', '.join(sorted(unknown))}, which is not in the pipeline",
+            hint=f"the passes are: {', '.join(item.name for item in pipeline)}, or all",
+        )
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what in names or what == "done":
+            stages.enter(what if what != "done" else "")
+        else:
+            stages.reporter.step(what, done, total)
+
+    manager = PassManager(
+        pipeline,
+        verify_each=chosen.verify_each,
+        dump_after=tuple(chosen.dump_after),
+        dump=FolderDump(chosen.dump_folder),
+    )
+    context = PassContext(scheme, calibration, scheme.seed, progress, chosen.limit)
+    return manager.run(program, context), manager.records
+
+
+def _embedded_name(facts: Mapping[str, Any]) -> str | None:
+    name = facts.get("source", {}).get("name")
+    return name if name in EMBEDDED else None
+
+
+def _calibration_rows(
+    scheme: Scheme,
+    program: Program,
+    source: str | Path | Sequence[Any] | None,
+    samples: int,
+) -> Dataset | None:
+    if not scheme.needs_calibration:
+        return None
+    if samples < 1:
+        raise UsageError(f"{samples} calibration samples", hint="use 128 or more")
+    if source is None and _embedded_name(program.facts):
+        source = f"tiny-vqa:calibration:{samples}"
+    if source is None:
+        raise UsageError(
+            f"scheme {scheme.name!r} needs calibration data, and none is given",
+            hint="--calibration FOLDER or FILE.jsonl with images and chat messages like those "
+            "the model will see; 128 to 512 rows",
+        )
+    return load_dataset(source, limit=samples)
+
+
+def _calibration_set(data: Dataset, program: Program, folder: Path) -> CalibrationSet:
+    """The rows as prompts; where a row has an answer, its tokens follow the prompt."""
+    runnable = Runnable(ProgramEngine(program), load_processor(folder), adapter_for(folder))
+    prompts: list[Prompt] = []
+    for row in data:
+        prompt = runnable.prompt(row.loaded())
+        if row.answer is not None:
+            tokens = answer_ids(row.answer, runnable.tokenizer, program.facts)
+            prompt = append_answer(prompt, tokens)
+        prompts.append(prompt)
+    return CalibrationSet.from_prompts(prompts)
+
+
+def _model_folder(source: str | Path, program: Program) -> Path:
+    if (Path(source) / "config.json").is_file():
+        return Path(source)
+    return checkpoint_folder(str(program.facts.get("source", {}).get("name", source)))

@@ -1,0 +1,134 @@
+"""Accuracy of a compiled model, and its distance from another one, on rows with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mqc.calib.dataset import Dataset, load_dataset, refuse_overlap
+from mqc.errors import UsageError
+from mqc.host import AnswerScore, EvalItem, EvalReport, Runnable, score
+from mqc.host import evaluate as evaluate_engine
+from mqc.host.score import wilson
+from mqc.loading import open_model
+from mqc.models import EMBEDDED
+from mqc.progress import Reporter, Silent
+
+EVALUATION_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on the same rows; ``baseline`` is what KL divergence and agreement refer to."""
+
+    rows: int
+    source: str
+    compiled: EvalReport
+    baseline: EvalReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "source": self.source,
+            "compiled": self.compiled.to_json(),
+            "baseline": self.baseline.to_json() if self.baseline else None,
+        }
+
+
+def evaluate(
+    artifact: str | Path | Runnable,
+    *,
+    against: str | Path | Runnable | None = None,
+    data: str | Path | Sequence[Any] | None = None,
+    n: int = EVALUATION_SAMPLES,
+    batch_size: int = 16,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Accuracy on rows with answers; with ``against``, KL divergence from that model too.
+
+    Args:
+        artifact: a compiled artifact, or a checkpoint (scored in float32).
+        against: another artifact or checkpoint.
+        data: rows with answers (:func:`mqc.calib.dataset.load_dataset`); embedded models have a
+            generated set.
+        n: at most this many rows.
+        batch_size: rows a model call holds.
+        trust_remote_code: for a checkpoint, as in transformers.
+        reporter: told how far the evaluation is.
+
+    Raises:
+        CalibrationError: rows that calibration used are among the data.
+        UsageError: there is no data, or a row without an answer.
+    """
+    report = reporter or Silent()
+    runnable = open_model(artifact, trust_remote_code=trust_remote_code)
+    other = None
+    if against is not None:
+        other = open_model(against, trust_remote_code=trust_remote_code)
+    rows = _evaluation_rows(runnable, data, n)
+    for model in (runnable, other):
+        if model is not None:
+            refuse_overlap(list(rows), model.manifest.get("calibration"))
+    missing = next((index for index, row in enumerate(rows) if row.answer is None), None)
+    if missing is not None:
+        raise UsageError(
+            f"row {missing} of {rows.source} has no answer to score",
+            hint='give rows as {"messages": [...], "answer": "..."}',
+        )
+    items = [runnable.eval_item(row.loaded(), str(row.answer)) for row in rows]
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        report.step("scoring", done, len(items))
+
+    baseline = None
+    if other is not None:
+        baseline = _Counted(score(other.engine, items, batch_size=batch_size), items)
+    compiled = evaluate_engine(
+        runnable.engine, items, baseline=baseline, batch_size=batch_size, progress=progress
+    )
+    return Evaluation(
+        len(items), rows.source, compiled, baseline.report() if baseline is not None else None
+    )
+
+
+class _Counted:
+    """A baseline's scores on their way to the comparison, summed up as they pass."""
+
+    def __init__(self, scores: Iterator[AnswerScore], items: Sequence[EvalItem]) -> None:
+        self._scores = zip(items, scores, strict=True)
+        self._n = self._correct = self._tokens = 0
+        self._nats = 0.0
+
+    def __iter__(self) -> Iterator[AnswerScore]:
+        for item, one in self._scores:
+            self._n += 1
+            self._correct += one.correct
+            self._tokens += len(item.answer_ids)
+            self._nats -= one.answer_log_prob
+            yield one
+
+    def report(self) -> EvalReport:
+        low, high = wilson(self._correct, self._n)
+        return EvalReport(self._n, self._correct, low, high, self._nats / self._tokens)
+
+
+def _evaluation_rows(
+    runnable: Runnable, source: str | Path | Sequence[Any] | None, n: int
+) -> Dataset:
+    if n < 1:
+        raise UsageError(f"{n} evaluation rows", hint="use 1 or more")
+    name = runnable.engine.facts.get("source", {}).get("name")
+    if source is None and name in EMBEDDED:
+        source = f"tiny-vqa:evaluation:{n}"
+    if source is None:
+        raise UsageError(
+            "there is nothing to evaluate on",
+            hint='--data FILE.jsonl with rows {"messages": [...], "answer": "..."}',
+        )
+    return load_dataset(source, limit=n)

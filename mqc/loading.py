@@ -1,0 +1,40 @@
+"""Open what can answer prompts: compiled artifacts, and checkpoints as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mqc.artifact import MANIFEST
+from mqc.backends.registry import load_artifact
+from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
+from mqc.host import ProgramEngine, Runnable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(artifact: str | Path) -> Runnable:
+    """Open an artifact: ``mqc.load(path).generate(prompt="...", images=["a.png"])``."""
+    return load_artifact(artifact)
+
+
+def load_float(
+    model: str | Path | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Runnable:
+    """A checkpoint as it is, in float32, with the interface of a compiled artifact."""
+    folder = checkpoint_folder(str(model), revision)
+    program = capture(model, revision=revision, trust_remote_code=trust_remote_code)
+    return Runnable(ProgramEngine(program), load_processor(folder), adapter_for(folder))
+
+
+def open_model(model: str | Path | Runnable, *, trust_remote_code: bool = False) -> Runnable:
+    """An artifact, a checkpoint (in float32), or what is open already."""
+    if isinstance(model, Runnable):
+        return model
+    if (Path(model) / MANIFEST).is_file():
+        return load_artifact(model)
+    return load_float(model, trust_remote_code=trust_remote_code)
