@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from mqc.artifact import ArtifactWriter, folder_size
 from mqc.backends.registry import Target, get_target
 from mqc.calib.dataset import Dataset, load_dataset
-from mqc.calib.samples import CalibrationSet
 from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
 from mqc.config import make_recipe
 from mqc.errors import TargetError, UsageError
@@ -134,7 +133,7 @@ def compile(  # noqa: A001  (mqc.compile)
             progress=report.step,
         )
         data = _calibration_rows(plan, program, calibration, samples)
-        calibrated = _calibration_set(data, program, folder) if data is not None else None
+        calibrated = _prompts(data, program, folder) if data is not None else None
         program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
         stages.enter("emit")
         lowered = backend.lower(program)
@@ -194,7 +193,7 @@ def opt(
     if {"static-scales", "quantize-weights", "rms-suppress"} & {item.name for item in pipeline}:
         data = _calibration_rows(plan, program, calibration, samples)
         if data is not None:
-            calibrated = _calibration_set(data, program, _model_folder(source, program))
+            calibrated = _prompts(data, program, _model_folder(source, program))
     program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
     if out is not None:
         folder = Path(out)
@@ -216,7 +215,7 @@ def _run_passes(
     pipeline: Sequence[Pass],
     program: Program,
     scheme: Scheme,
-    calibration: CalibrationSet | None,
+    calibration: list[Prompt] | None,
     options: PassOptions | None,
     stages: Stages,
 ) -> tuple[Program, list[PassRecord]]:
@@ -271,7 +270,7 @@ def _calibration_rows(
     return load_dataset(source, limit=samples)
 
 
-def _calibration_set(data: Dataset, program: Program, folder: Path) -> CalibrationSet:
+def _prompts(data: Dataset, program: Program, folder: Path) -> list[Prompt]:
     """The rows as prompts; where a row has an answer, its tokens follow the prompt."""
     runnable = Runnable(ProgramEngine(program), load_processor(folder), adapter_for(folder))
     prompts: list[Prompt] = []
@@ -281,7 +280,7 @@ def _calibration_set(data: Dataset, program: Program, folder: Path) -> Calibrati
             tokens = answer_ids(row.answer, runnable.tokenizer, program.facts)
             prompt = append_answer(prompt, tokens)
         prompts.append(prompt)
-    return CalibrationSet.from_prompts(prompts)
+    return prompts
 
 
 def _model_folder(source: str | Path, program: Program) -> Path:

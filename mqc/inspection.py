@@ -61,6 +61,7 @@ def merge_details(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for entry in history:
         for detail in entry.get("details", ()):
-            if "layer" in detail:
-                layers.setdefault(str(detail["layer"]), {}).update(detail)
+            facts = {key: value for key, value in detail.items() if key not in ("layer", "layers")}
+            for name in detail.get("layers", [detail["layer"]] if "layer" in detail else []):
+                layers.setdefault(str(name), {"layer": str(name)}).update(facts)
     return list(layers.values())

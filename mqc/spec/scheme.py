@@ -138,8 +138,8 @@ class Scheme:
             (QuaRot, arXiv 2404.00456).
         online_hadamard: rotate the inputs of down projections while running.
         rms_suppress: split dominant weight columns off as a rank-k update.
-        rms_threshold: a column is dominant where its largest magnitude is this many times the
-            typical one of its layer.
+        rms_threshold: a column is dominant where leaving it out shrinks the layer's quantization
+            scales by this factor or more.
         aifs: reorder rows, visual first, so that each modality is one slice (arXiv 2502.00425).
         seed: of the random signs of the rotations.
     """
@@ -149,7 +149,7 @@ class Scheme:
     rotate: bool = False
     online_hadamard: bool = False
     rms_suppress: bool = False
-    rms_threshold: float = 4.0
+    rms_threshold: float = 1.25
     aifs: bool = False
     seed: int = 0
 
