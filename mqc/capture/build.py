@@ -121,6 +121,7 @@ def capture(
     report = progress or (lambda what, done, total: None)
     report("building the model", 0, 5)
     skeleton = source.skeleton(dtype)
+    check_shapes(source, skeleton)
     tied = skeleton.tied()
     imported: dict[str, Imported] = {}
     exporters = component_exporters(source.adapter, skeleton, dtype)
@@ -149,6 +150,15 @@ def component_exporters(
         "embed": lambda: export_embed(skeleton, adapter),
         "decoder": lambda: export_decoder(skeleton, adapter, dtype),
     }
+
+
+def check_shapes(source: Source, skeleton: Skeleton) -> None:
+    """Raise :class:`CheckpointError` if a weight has another shape than the model's parameter."""
+    types = {
+        name: (tuple(value.shape), value.dtype)
+        for name, value in skeleton.model.named_parameters(remove_duplicate=False)
+    }
+    source.weights.loaders(skeleton.model, types)
 
 
 def link_weights(source: Source, skeleton: Skeleton, imported: dict[str, Imported]) -> ParamStore:

@@ -1,0 +1,52 @@
+"""``probe`` reports what was found, and why something could not be captured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from mqc.capture import probe
+from mqc.capture.adapters import LlavaAdapter
+from mqc.testing.families import build_family
+
+
+def test_report() -> None:
+    model, _ = build_family("qwen2_vl")
+    report = probe(model)
+    assert report.captured
+    assert report.layers == {"vision": 2, "language": 2}
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert [item.name for item in report.components] == ["vision", "embed", "decoder"]
+    vision, embed, decoder = report.components
+    assert "pixel_values: f32[4*blocks, 96]" in vision.inputs
+    assert embed.parameters == 96 * 48
+    assert decoder.operators["aten.scaled_dot_product_attention.default"] == 2
+    assert json.loads(json.dumps(report.to_json()))["captured"] is True
+
+
+def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def depends_on_data(
+        self: LlavaAdapter, model: PreTrainedModel, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        return inputs[0][: int(inputs[0].sum())]
+
+    monkeypatch.setattr(LlavaAdapter, "image_embeds", depends_on_data)
+    report = probe(build_family("llava")[0])
+    assert not report.captured
+    assert [item.captured for item in report.components] == [False, True, True]
+    assert "vision component" in str(report.components[0].reason)
+
+
+def test_incomplete_weights(tmp_path: Path) -> None:
+    build_family("internvl")[0].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    report = probe(tmp_path)
+    assert all(item.captured for item in report.components)
+    assert "lm_head.weight" in str(report.weights)
