@@ -14,6 +14,9 @@ from torch import Tensor
 from mqc.errors import CalibrationError, UsageError
 from mqc.numerics.packing import pack_int4
 
+_CACHED_VALUES = 2**16
+"""Weights that the clip search works on at a time."""
+
 _RANGES = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 
 
@@ -95,23 +98,34 @@ def weight_scale(
     """
     require_finite("the weight", weight)
     low, high = weight_range(bits)
-    w = _grouped(weight, group_size)
+    w = _grouped(weight.detach(), group_size)
     w = w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
-    largest = w.abs().amax(dim=-1, keepdim=True)
-    full = (largest / high).to(torch.float32)
-    full = torch.where(full > 0, full, torch.ones_like(full))
-    best = full
+    full = (w.abs().amax(dim=-1) / high).to(torch.float32)
+    scale = torch.where(full > 0, full, torch.ones_like(full))
     if clip is not None:
-        best_error = torch.full_like(largest, torch.inf)
-        for step in range(clip.steps):
-            scale = full * (1.0 - clip.max_shrink * step / clip.steps)
-            scale = torch.where(scale > 0, scale, full)
-            error = (w - torch.round(w / scale).clamp_(low, high) * scale).abs_().pow_(clip.norm)
-            total = error.sum(dim=-1, keepdim=True)
-            better = total < best_error
-            best = torch.where(better, scale, best)
-            best_error = torch.where(better, total, best_error)
-    return best[:, 0, 0].contiguous() if group_size is None else best[:, :, 0].contiguous()
+        # A few rows at a time: the search passes over them 80 times, so they should stay cached.
+        rows = max(1, _CACHED_VALUES // weight.shape[1])
+        for start in range(0, w.shape[0], rows):
+            span = slice(start, start + rows)
+            scale[span] = _search_clip(w[span], scale[span], low, high, clip)
+    return scale[:, 0].contiguous() if group_size is None else scale
+
+
+def _search_clip(w: Tensor, full: Tensor, low: int, high: int, clip: ClipSearch) -> Tensor:
+    """The best of `clip.steps` shrunken scales for groups w [N, G, K/G] with scales [N, G]."""
+    best = full
+    best_error = torch.full(full.shape, torch.inf, dtype=w.dtype)
+    for step in range(clip.steps):
+        scale = full * (1.0 - clip.max_shrink * step / clip.steps)
+        scale = torch.where(scale > 0, scale, full)
+        wide = scale[..., None].to(w.dtype)
+        error = torch.round(w / wide).clamp_(low, high).mul_(wide).sub_(w).abs_()
+        # error^norm as exp(norm log error): three times as fast as pow, and 0 stays 0.
+        total = error.log_().mul_(clip.norm).exp_().sum(dim=-1)
+        better = total < best_error
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, total, best_error)
+    return best
 
 
 def quantize_rtn(
