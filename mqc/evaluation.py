@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +79,31 @@ def evaluate(
             f"row {missing} of {rows.source} has no answer to score",
             hint='give rows as {"messages": [...], "answer": "..."}',
         )
-    items = [runnable.eval_item(row.loaded(), str(row.answer)) for row in rows]
+    items: Iterator[EvalItem] = (runnable.eval_item(row.loaded(), str(row.answer)) for row in rows)
     done = 0
 
     def progress(count: int) -> None:
         nonlocal done
         done += count
-        report.step("scoring", done, len(items))
+        report.step("scoring", done, len(rows))
 
     baseline = None
     if other is not None:
-        baseline = _Counted(score(other.engine, items, batch_size=batch_size), items)
+        # Both models go through the rows side by side: one batch is in memory, not all rows.
+        items, scored, counted = tee(items, 3)
+        baseline = _Counted(score(other.engine, scored, batch_size=batch_size), counted)
     compiled = evaluate_engine(
         runnable.engine, items, baseline=baseline, batch_size=batch_size, progress=progress
     )
     return Evaluation(
-        len(items), rows.source, compiled, baseline.report() if baseline is not None else None
+        len(rows), rows.source, compiled, baseline.report() if baseline is not None else None
     )
 
 
 class _Counted:
     """A baseline's scores on their way to the comparison, summed up as they pass."""
 
-    def __init__(self, scores: Iterator[AnswerScore], items: Sequence[EvalItem]) -> None:
+    def __init__(self, scores: Iterator[AnswerScore], items: Iterable[EvalItem]) -> None:
         self._scores = zip(items, scores, strict=True)
         self._n = self._correct = self._tokens = 0
         self._nats = 0.0
