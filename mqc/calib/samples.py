@@ -1,0 +1,82 @@
+"""Calibration inputs of each component, made by running what stands in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mqc.calib.walk import Sample
+from mqc.errors import CalibrationError
+from mqc.host.batch import make_batch
+from mqc.host.engine import Cache, merge, read
+from mqc.host.program_engine import ProgramEngine
+from mqc.host.prompt import Prompt
+from mqc.ir import Program
+
+
+def component_samples(program: Program, prompts: Sequence[Prompt] | None, name: str) -> list[Sample]:
+    """Inputs of component ``name`` for every prompt, one sample a call.
+
+    The decoder's inputs come from the program's own vision component, quantized or not as it
+    stands. Logits are asked for text rows, where a model is asked to go on.
+
+    Raises:
+        CalibrationError: there are no prompts, or none of them reaches the component.
+    """
+    if not prompts:
+        raise CalibrationError(
+            "there are no calibration samples",
+            hint="give a data set, for example --calibration folder or file.jsonl",
+        )
+    if name == "vision":
+        samples = [_cast(program, name, call) for p in prompts for call in p.vision_calls]
+    elif name == "embed":
+        samples = [{"input_ids": prompt.input_ids[None]} for prompt in prompts]
+    else:
+        recorder = _Recorder(program)
+        for prompt in prompts:
+            batch = make_batch([prompt])
+            rows = (~prompt.visual_mask).nonzero().T
+            read(recorder, merge(recorder, [prompt], batch), batch, rows)
+        samples = recorder.samples
+    if not samples:
+        raise CalibrationError(
+            f"no calibration sample reaches component {name!r}",
+            hint="use samples with images: static scales of visual values need them",
+        )
+    return samples
+
+
+def _cast(program: Program, name: str, inputs: Sample) -> Sample:
+    ports = program.components[name].inputs
+    return {port.name: inputs[port.name].to(port.type.dtype) for port in ports}
+
+
+class _Recorder(ProgramEngine):
+    """Runs vision and embeddings; keeps the decoder's inputs and runs nothing of it."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.samples: list[Sample] = []
+
+    def decoder(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        logit_index: torch.Tensor,
+        modality: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, list[Any]]:
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "mask": mask,
+            "logit_index": logit_index,
+            "modality": modality,
+        }
+        inputs.update(zip([port.name for port in self._cache_ports()], cache, strict=True))
+        self.samples.append(_cast(self.program, "decoder", inputs))
+        return torch.zeros(*logit_index.shape, 1), list(cache)

@@ -1,0 +1,174 @@
+"""AIFS: put visual tokens first, once, so that each modality is one contiguous slice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mqc.errors import PassPreconditionError
+from mqc.ir import SCALAR, Component, Port, Program, TensorType
+from mqc.ir.edit import aten, call, eliminate_dead_code, tensor_type
+from mqc.passes.modality_split import INPUT
+from mqc.transform import Pass, PassContext, PassResult
+
+AIFS = "aifs"
+"""``facts["kv_order"]`` of a program whose cache holds each call's keys visual-first."""
+
+
+class AifsReorder(Pass):
+    """Attention-Invariant Flexible Switching (MQuant section 3.3).
+
+    All inputs with a token axis are permuted where they enter: visual rows first, both groups in
+    their order. Positions travel with their tokens, and so do the rows and the new columns of the
+    mask, so attention is unchanged: ``M'[i, j] = M[pi(i), pi(j)]``. The rows that the head is
+    asked for are looked up in the new order; nothing else has to be undone. Operators that took
+    the row mask take the number of visual rows instead. The cache keeps the new order, for all of
+    a later call's tokens follow it anyway.
+
+    Works per sequence: several images, interleaved text, text only and batches are all the same.
+
+    Postcondition: the row mask is read by the permutation alone; ``facts["kv_order"]`` says so.
+    """
+
+    name = "aifs-reorder"
+    after = ("modality-split", "static-scales", "quantize-weights")
+    preserves = True
+
+    def requires(self, program: Program) -> None:
+        if not any(component.has_input(INPUT) for component in program):
+            raise PassPreconditionError(
+                "aifs-reorder finds no component with the input 'modality'",
+                hint="run the pass modality-split first",
+            )
+        if program.facts.get("kv_order") == AIFS:
+            raise PassPreconditionError("the program is already reordered")
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        result = PassResult(program)
+        for component in program:
+            if component.has_input(INPUT) and ctx.take():
+                _Reorder(component).run(result)
+                program.facts["kv_order"] = AIFS
+        eliminate_dead_code(program)
+        return result
+
+
+class _Reorder:
+    def __init__(self, component: Component) -> None:
+        self.component = component
+        self.graph = component.graph
+        self.mask = component.placeholder(INPUT)
+        self.like = self.mask
+
+    def _call(self, target: Any, args: tuple[Any, ...], kind: TensorType | str) -> fx.Node:
+        return call(self.graph, target, args, kind, self.like)
+
+    def run(self, result: PassResult) -> None:
+        readers = list(self.mask.users)
+        ports = [(p, self.component.placeholder(p.name)) for p in self.component.inputs]
+        users = {node: list(node.users) for _, node in ports}
+        last = ports[-1][1]
+        anchor = last.next
+        while anchor.op == "placeholder":
+            anchor = anchor.next
+        with self.graph.inserting_before(anchor):
+            place, order, count = self._permutation()
+            for port, node in ports:
+                moved = self._move(port, node, place, order)
+                if moved is None:
+                    continue
+                for user in users[node]:
+                    if user.target != aten.sym_size.int:
+                        user.replace_input_with(node, moved)
+                result.counts["inputs"] += 1
+        for reader in readers:
+            reader.replace_input_with(self.mask, count)
+            result.counts["readers"] += 1
+
+    def _permutation(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """(new place of each token, old place of each row, visual rows per sequence)."""
+        kind = TensorType(tensor_type(self.mask).shape, torch.int64)
+        column, per_sequence = kind.with_shape(kind.shape[0], 1), kind.with_shape(kind.shape[0])
+        visual = self._call(aten.to.dtype, (self.mask, torch.int64), kind)
+        text = self._call(aten.rsub.Scalar, (visual, 1), kind)
+        count = self._call(aten.sum.dim_IntList, (visual, [1]), per_sequence)
+        offset = self._call(aten.unsqueeze.default, (count, 1), column)
+        first = self._call(aten.cumsum.default, (visual, 1), kind)
+        rank = self._call(aten.cumsum.default, (text, 1), kind)
+        second = self._call(aten.add.Tensor, (rank, offset), kind)
+        one_based = self._call(aten.where.self, (self.mask, first, second), kind)
+        place = self._call(aten.sub.Scalar, (one_based, 1), kind)
+        size = self._call(aten.sym_size.int, (self.mask, 1), SCALAR)
+        steps = self._call(aten.arange.default, (size,), kind.with_shape(kind.shape[1]))
+        lined = self._call(aten.unsqueeze.default, (steps, 0), kind.with_shape(1, kind.shape[1]))
+        every = self._call(aten.expand.default, (lined, [self._batch(), -1]), kind)
+        order = self._call(aten.scatter.src, (every, 1, place, every), kind)
+        return place, order, count
+
+    def _batch(self) -> fx.Node:
+        return self._call(aten.sym_size.int, (self.mask, 0), SCALAR)
+
+    def _move(
+        self, port: Port, node: fx.Node, place: fx.Node, order: fx.Node
+    ) -> fx.Node | None:
+        """``node`` in the new order, or None where it has no token axis."""
+        if port.name == INPUT:
+            return None
+        value = node
+        axis = port.axis("token")
+        if axis is not None:
+            value = self._gather(value, axis, port, order)
+        if port.axis("key") is not None:
+            key_order = self._key_order(port, order)
+            value = self._gather(value, port.axes.index("key"), port, key_order)
+        if port.axis("row") is not None:
+            value = self._call(aten.gather.default, (place, 1, value), port.type)
+        return None if value is node else value
+
+    def _key_order(self, port: Port, order: fx.Node) -> fx.Node:
+        """Past columns as they are, then the new tokens' columns in the new order [batch, keys]."""
+        kind = tensor_type(order)
+        cache = next(p for p in self.component.inputs if p.axes.count("past") and p != port)
+        axis = cache.axes.index("past")
+        past = cache.type.shape[axis]
+        source = self.component.placeholder(cache.name)
+        size = self._call(aten.sym_size.int, (source, axis), SCALAR)
+        steps = self._call(aten.arange.default, (size,), kind.with_shape(past))
+        lined = self._call(aten.unsqueeze.default, (steps, 0), kind.with_shape(1, past))
+        old = self._call(
+            aten.expand.default, (lined, [self._batch(), -1]), kind.with_shape(kind.shape[0], past)
+        )
+        new = self._call(aten.add.Tensor, (order, size), kind)
+        keys = port.type.shape[port.axes.index("key")]
+        return self._call(aten.cat.default, ([old, new], 1), kind.with_shape(kind.shape[0], keys))
+
+    def _gather(self, value: fx.Node, axis: int, port: Port, index: fx.Node) -> fx.Node:
+        """Pick ``index`` [batch, n] along ``axis``, the same for all other axes."""
+        kind = tensor_type(value)
+        batch = port.axes.index("batch")
+        length = tensor_type(index).shape[1]
+        shape: list[Any] = [1] * kind.rank
+        sizes: list[Any] = [1] * kind.rank
+        shape[batch], shape[axis] = tensor_type(index).shape
+        sizes[batch], sizes[axis] = self._batch(), -1
+        flat = self._call(
+            aten.reshape.default, (index, sizes), TensorType(tuple(shape), torch.int64)
+        )
+        target = list(kind.shape)
+        target[axis] = length
+        wide: list[Any] = []
+        for dim, size in enumerate(target):
+            if dim in (batch, axis):
+                wide.append(-1)
+            elif isinstance(size, int):
+                wide.append(size)
+            else:
+                wide.append(self._call(aten.sym_size.int, (value, dim), SCALAR))
+        full = self._call(
+            aten.expand.default, (flat, wide), TensorType(tuple(target), torch.int64)
+        )
+        return self._call(
+            aten.gather.default, (value, axis, full), kind.with_shape(*target)
+        )

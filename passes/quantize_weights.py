@@ -1,0 +1,232 @@
+"""Weights to integers: round to nearest, or GPTQ on calibrated inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, fx
+
+import mqc.ops  # noqa: F401  (registers the operators that this pass puts in)
+from mqc.analysis.flow import is_linear
+from mqc.analysis.head import find_head
+from mqc.calib.samples import component_samples
+from mqc.calib.walk import Values, walk
+from mqc.errors import PassPreconditionError
+from mqc.ir import Component, Program
+from mqc.ir.edit import argument, aten, call, get_param, param_value, replace, tensor_type
+from mqc.numerics.gptq import HessianAccumulator, gptq_quantize
+from mqc.numerics.quantize import ClipSearch, QuantizedWeight, quantize_rtn
+from mqc.numerics.stats import sqnr_db
+from mqc.spec import ComponentScheme, Scheme, WeightSpec, named_scheme
+from mqc.transform import Pass, PassContext, PassResult, Skip
+
+if TYPE_CHECKING:
+    from mqc.calib.walk import Sample
+
+
+class QuantizeWeights(Pass):
+    """Replace linears by weight-only quantized ones, one copy of the weights for all modalities.
+
+    RTN or GPTQ (arXiv 2210.17323) per output channel or group, 8, 4, 3 or 2 bits, with clip search
+    and act-order as the scheme says. GPTQ runs layer by layer: a layer's Hessian comes from inputs
+    that passed the already quantized layers in front of it. Columns that are zero (split off)
+    stay zero.
+
+    Postcondition: every linear of a component with weight bits is ``mqc::linear_w4a16`` or
+    ``linear_w8a16``, unless a skip says why; its error is in the details.
+    """
+
+    name = "quantize-weights"
+    after = ("canonicalize", "fuse-norm", "hadamard-fuse", "hadamard-online", "rms-suppress")
+
+    def __init__(self, scheme: Scheme | None = None) -> None:
+        self.scheme = scheme or named_scheme("w4a16")
+
+    @classmethod
+    def from_scheme(cls, scheme: Scheme) -> Self:
+        return cls(scheme)
+
+    def requires(self, program: Program) -> None:
+        if program.dialect != "canonical":
+            raise PassPreconditionError(
+                f"quantize-weights needs a canonical float program, not {program.dialect!r}",
+                hint="run the pass canonicalize first; quantize once only",
+            )
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        result = PassResult(program)
+        for component in program:
+            spec = self.scheme.component(component.name)
+            if not (spec.weights.quantized or (spec.head and spec.head.quantized)):
+                continue
+            plan = _plan(component, spec, result)
+            quantizer = _Quantizer(program, component, plan, result, ctx)
+            if any(weights.method == "gptq" for weights in plan.values()):
+                quantizer.run_calibrated(component_samples(program, ctx.calibration, component.name))
+            else:
+                quantizer.run()
+        return result
+
+
+def _plan(
+    component: Component, spec: ComponentScheme, result: PassResult
+) -> dict[fx.Node, WeightSpec]:
+    """The weight spec of every linear and embedding that is to be quantized."""
+    head = find_head(component)
+    plan = {}
+    for node in component.graph.nodes:
+        weights = spec.head if node is head else spec.weights
+        if weights is None or not weights.quantized:
+            continue
+        if is_linear(node):
+            if "keep_float" in node.meta:
+                where = f"{component.name}.%{node.name}"
+                result.skips.append(Skip(where, str(node.meta["keep_float"])))
+            else:
+                plan[node] = weights
+        elif node.target == aten.embedding.default and component.name == "embed":
+            plan[node] = weights
+    return plan
+
+
+class _Quantizer:
+    def __init__(
+        self,
+        program: Program,
+        component: Component,
+        plan: dict[fx.Node, WeightSpec],
+        result: PassResult,
+        ctx: PassContext,
+    ) -> None:
+        self.program = program
+        self.component = component
+        self.plan = plan
+        self.result = result
+        self.ctx = ctx
+        self.hessians: dict[fx.Node, Tensor] = {}
+
+    def run(self) -> None:
+        """Round to nearest: no data needed."""
+        for index, node in enumerate(self.plan):
+            self.ctx.progress(f"quantize {self.component.name}", index, len(self.plan))
+            if self.ctx.take():
+                self._replace(node, None)
+
+    def run_calibrated(self, samples: Sequence[Sample]) -> None:
+        def visit(node: fx.Node, values: Values) -> Sequence[fx.Node] | None:
+            if node not in self.plan or not self.ctx.take():
+                return None
+            hessian = self._hessian(node, values) if self.plan[node].method == "gptq" else None
+            return self._replace(node, hessian)
+
+        name = f"quantize {self.component.name}"
+        walk(
+            self.program,
+            self.component,
+            samples,
+            visit,
+            lambda done, total: self.ctx.progress(name, done, total),
+        )
+
+    def _hessian(self, node: fx.Node, values: Values) -> Tensor | None:
+        """Second moments of the inputs; shared by all linears that read the same value."""
+        value = node.args[0]
+        if not (isinstance(value, fx.Node) and is_linear(node)):
+            return None
+        if value not in self.hessians:
+            self.hessians.clear()  # readers of one value are neighbours
+            width = tensor_type(value).shape[-1]
+            assert isinstance(width, int)
+            accumulator = HessianAccumulator(width)
+            for x in values(value):
+                accumulator.add(x)
+            self.hessians[value] = accumulator.hessian()
+        return self.hessians[value]
+
+    def _replace(self, node: fx.Node, hessian: Tensor | None) -> list[fx.Node]:
+        spec = self.plan[node]
+        source = node.args[0] if node.target == aten.embedding.default else node.args[1]
+        assert isinstance(source, fx.Node)
+        weight = param_value(self.program.params, source)
+        assert weight is not None and spec.bits is not None
+        name = str(source.target).partition("~")[0]
+        try:
+            quantized = self._quantize(name, weight.to(torch.float32), spec, hessian)
+        except Exception as error:
+            error.add_note(f"while quantizing {name}")
+            raise
+        self._record(name, weight, quantized, spec, hessian)
+        graph, dtype = node.graph, self.program.dtype
+        with graph.inserting_before(node):
+            integers = quantized.q if quantized.bits == 8 else quantized.packed()
+            q = get_param(self.program, graph, f"{name}.q", integers)
+            scale = get_param(self.program, graph, f"{name}.scale", quantized.scale.to(dtype))
+            args: tuple[Any, ...]
+            if node.target == aten.embedding.default:
+                target, args = torch.ops.mqc.embedding_w8.default, (node.args[1], q, scale)
+            else:
+                ops = torch.ops.mqc
+                target = (ops.linear_w8a16 if quantized.bits == 8 else ops.linear_w4a16).default
+                args = (node.args[0], q, scale, argument(node, 2), None, None)
+            new = call(graph, target, args, tensor_type(node), node)
+        new.meta["bits"] = quantized.bits
+        new.meta["layer"] = name
+        replace(node, new)
+        return [new]
+
+    def _quantize(
+        self, name: str, weight: Tensor, spec: WeightSpec, hessian: Tensor | None
+    ) -> QuantizedWeight:
+        assert spec.bits is not None
+        group = spec.group_size
+        if group is not None and weight.shape[1] % group:
+            reason = f"groups of {group} do not divide {weight.shape[1]}: one scale per channel"
+            self.result.skips.append(Skip(name, reason))
+            group = None
+        clip = ClipSearch() if spec.clip else None
+        if hessian is None:
+            return quantize_rtn(weight, spec.bits, group_size=group, clip=clip)
+        return gptq_quantize(
+            weight,
+            hessian,
+            bits=spec.bits,
+            group_size=group,
+            clip=clip,
+            damping=spec.damping,
+            act_order=spec.act_order,
+            block_size=spec.blocksize,
+            frozen=(weight == 0).all(dim=0),
+        )
+
+    def _record(
+        self,
+        name: str,
+        weight: Tensor,
+        quantized: QuantizedWeight,
+        spec: WeightSpec,
+        hessian: Tensor | None,
+    ) -> None:
+        self.result.counts[f"w{spec.bits}"] += 1
+        restored = quantized.dequantize()
+        detail = {
+            "layer": name,
+            "component": self.component.name,
+            "bits": spec.bits,
+            "group_size": quantized.group_size,
+            "method": "gptq" if hessian is not None else "rtn",
+            "shape": list(weight.shape),
+            "weight_sqnr_db": round(float(sqnr_db(weight, restored)), 2),
+        }
+        if hessian is not None:
+            exact, h = weight.to(torch.float64), hessian.to(torch.float64)
+            error = exact - restored.to(torch.float64)
+            signal = float(((exact @ h) * exact).sum())
+            noise = float(((error @ h) * error).sum())
+            if signal > 0 and noise > 0:
+                ratio = torch.tensor(signal / noise)
+                detail["output_sqnr_db"] = round(float(10 * torch.log10(ratio)), 2)
+        self.result.details.append(detail)
+
+

@@ -1,0 +1,32 @@
+"""The built-in passes by name."""
+
+from __future__ import annotations
+
+from mqc.passes.aifs_reorder import AifsReorder
+from mqc.passes.canonicalize import Canonicalize
+from mqc.passes.cleanup import Cleanup
+from mqc.passes.fuse_norm import FuseNorm
+from mqc.passes.hadamard_fuse import HadamardFuse
+from mqc.passes.hadamard_online import HadamardOnline
+from mqc.passes.modality_split import ModalitySplit
+from mqc.passes.quantize_weights import QuantizeWeights
+from mqc.passes.rms_suppress import RmsSuppress
+from mqc.passes.static_scales import StaticScales
+from mqc.transform import Pass
+
+PASSES: dict[str, type[Pass]] = {
+    item.name: item
+    for item in (
+        Canonicalize,
+        FuseNorm,
+        HadamardFuse,
+        HadamardOnline,
+        RmsSuppress,
+        ModalitySplit,
+        QuantizeWeights,
+        StaticScales,
+        AifsReorder,
+        Cleanup,
+    )
+}
+"""In the order of the default pipeline."""
