@@ -270,10 +270,16 @@ def _check(messages: Any) -> None:
         if not isinstance(content, (list, tuple)):
             raise UsageError("a message's content is neither text nor a list")
         for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            named = {"text": "text" in (part or ()), "image": image_source(part or {}) is not None}
-            if kind not in named or not named[kind]:
+            if not _is_part(part):
                 raise UsageError(
                     f"message part {part!r:.80} is not supported",
                     hint='use {"type": "text", "text": ...} or {"type": "image", "image": ...}',
                 )
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    if part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return part.get("type") == "image" and image_source(part) is not None

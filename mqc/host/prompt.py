@@ -81,8 +81,9 @@ def build_prompt(
     """Template, tokenise and preprocess one conversation.
 
     ``processor`` is a transformers processor, or mqc's around one (:mod:`mqc.capture.processor`);
-    relative image paths are taken from ``base``. Raises :class:`UsageError` for messages of another form, unreadable pictures, text
-    whose image placeholders do not match the pictures, and pictures the processor refuses.
+    relative image paths are taken from ``base``. Raises :class:`UsageError` for messages of
+    another form, unreadable pictures, text whose image placeholders do not match the pictures,
+    and pictures the processor refuses.
     """
     processor = getattr(processor, "hf", processor)
     plain, images = split_images(messages, base)

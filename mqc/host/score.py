@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mqc.errors import UsageError
+from mqc.errors import TargetError, UsageError
 from mqc.host.batch import Padding, make_batch
 from mqc.host.engine import Engine, merge, read
 from mqc.host.generate import stop_tokens
@@ -131,6 +131,11 @@ def _score_batch(
     for index, item in enumerate(items):
         answer = torch.tensor(item.answer_ids)
         log_probs = torch.log_softmax(logits[index, : len(answer)].double(), dim=-1)
+        if bool(log_probs.isnan().any()):
+            raise TargetError(
+                "the engine gave logits that are not numbers",
+                hint="a weight or a scale is NaN or infinite: compile again with --verify-each",
+            )
         given = log_probs.gather(1, answer[:, None])
         correct = bool((log_probs.argmax(dim=-1) == answer).all())
         scores.append(AnswerScore(correct, log_probs.float(), float(given.sum())))
@@ -208,7 +213,8 @@ class _Tally:
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats of log-probabilities [..., vocab]; float64 [...], never negative."""
     p, q = p.double(), q.double()
-    return (p.exp() * (p - q)).nansum(dim=-1).clamp_min(0)
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    return terms.sum(dim=-1).clamp_min(0)
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
