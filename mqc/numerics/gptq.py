@@ -27,10 +27,13 @@ class HessianAccumulator:
     Args:
         k: input channels.
         dtype: float32 (default; K^2 * 4 bytes) or float64.
+        device: where the sum lives and is computed; the CPU by default.
     """
 
-    def __init__(self, k: int, dtype: torch.dtype = torch.float32) -> None:
-        self._h = torch.zeros(k, k, dtype=dtype)
+    def __init__(
+        self, k: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        self._h = torch.zeros(k, k, dtype=dtype, device=device)
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
@@ -105,8 +108,10 @@ def gptq_quantize(
     require_finite("the Hessian", hessian)
     scale = weight_scale(weight, bits, group_size=group_size, clip=clip)
     w = weight.detach().to(dtype).clone()
-    h = hessian.to(dtype).clone()
+    given = hessian.to(device=w.device, dtype=dtype)
+    h = given.clone()
     keep_zero = torch.zeros(k, dtype=torch.bool) if frozen is None else frozen.to(torch.bool)
+    keep_zero = keep_zero.to(w.device)
     if keep_zero.shape != (k,):
         raise UsageError(f"frozen must be bool [{k}], got {tuple(keep_zero.shape)}")
     if bool(w[:, keep_zero].any()):
@@ -115,9 +120,8 @@ def gptq_quantize(
     dead = keep_zero | (h.diagonal() <= 0)
     h[dead, :] = 0
     h[:, dead] = 0
-    live_mean = h.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=dtype)
-    true_h = h.clone()
-    h.diagonal()[dead] = live_mean
+    mean = float(h.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
+    h.diagonal()[dead] = mean
 
     # [N, K]: the scale of each column's own group.
     column_scale = (
@@ -131,15 +135,15 @@ def gptq_quantize(
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
         w, h, column_scale = w[:, order], h[order][:, order], column_scale[:, order]
-    factor = _inverse_factor(h, damping, float(live_mean))
+    factor = _inverse_factor(h, damping, mean)
     q = _solve(w, factor, column_scale, low, high, block_size)
     if order is not None:
         inverse = torch.argsort(order)
         q, column_scale = q[:, inverse], column_scale[:, inverse]
 
     original = weight.detach().to(dtype)
-    gptq_error = _row_error(original - q * column_scale, true_h)
-    rtn_error = _row_error(original - nearest * column_scale, true_h)
+    gptq_error = _row_error(original - q * column_scale, given)
+    rtn_error = _row_error(original - nearest * column_scale, given)
     better = torch.isfinite(gptq_error) & (gptq_error <= rtn_error)
     q = torch.where(better[:, None], q, nearest)
     q[:, keep_zero] = 0
@@ -152,15 +156,20 @@ def _row_error(error: Tensor, h: Tensor) -> Tensor:
 
 
 def _inverse_factor(h: Tensor, damping: float, mean: float) -> Tensor:
-    """Upper Cholesky factor U of (H + damping * mean(diag) I)^-1 = U^T U."""
+    """Upper Cholesky factor U of (H + damping * mean(diag) I)^-1 = U^T U.
+
+    Writes to H's diagonal: K^2 values may be gigabytes, so there are no copies to spare.
+    """
+    diagonal = h.diagonal().clone()
     for attempt in range(_DAMPING_RETRIES + 1):
-        damped = h.clone()
-        damped.diagonal().add_(damping * 10**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        h.diagonal().copy_(diagonal + damping * 10**attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) != 0:
             continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower
         upper: Tensor
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
         if int(info) == 0 and bool(torch.isfinite(upper).all()):
             return upper
     raise CalibrationError(

@@ -114,7 +114,7 @@ def weight_scale(
 def _search_clip(w: Tensor, full: Tensor, low: int, high: int, clip: ClipSearch) -> Tensor:
     """The best of `clip.steps` shrunken scales for groups w [N, G, K/G] with scales [N, G]."""
     best = full
-    best_error = torch.full(full.shape, torch.inf, dtype=w.dtype)
+    best_error = torch.full(full.shape, torch.inf, dtype=w.dtype, device=w.device)
     for step in range(clip.steps):
         scale = full * (1.0 - clip.max_shrink * step / clip.steps)
         scale = torch.where(scale > 0, scale, full)
