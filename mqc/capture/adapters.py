@@ -88,6 +88,26 @@ class Adapter:
             hint='add "image_token_id" to config.json',
         )
 
+    def check(self) -> None:
+        """Raise :class:`CaptureError` for a model that three plain graphs would compute wrongly.
+
+        The decoder takes one mask for all layers and keeps every key: layers with a sliding
+        window or a recurrent state do not fit.
+        """
+        config = self.text_config
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        window = getattr(config, "sliding_window", None)
+        if window is not None and getattr(config, "use_sliding_window", True):
+            limit = getattr(config, "max_position_embeddings", None)
+            if limit is None or window < limit:
+                kinds.add("sliding_attention")
+        if kinds:
+            raise CaptureError(
+                f"the language model {config.model_type!r} has layers of kind "
+                f"{', '.join(sorted(kinds))}; only full attention is supported",
+                hint="use a model whose layers all attend to the whole context",
+            )
+
     # -- capture ---------------------------------------------------------------------------------
 
     def prepare(self, model: PreTrainedModel) -> None:
@@ -95,7 +115,14 @@ class Adapter:
 
     def vision_inputs(self) -> list[VisionInput]:
         """The tower's inputs, in the order :meth:`image_embeds` takes them."""
-        height, width = _pair(self.vision_config.image_size)
+        size = getattr(self.vision_config, "image_size", None)
+        if size is None:
+            raise CaptureError(
+                f"model type {self.config.model_type!r} has no adapter, and its vision tower has "
+                "no fixed image size",
+                hint="write an adapter: see mqc/capture/adapters.py",
+            )
+        height, width = _pair(size)
         channels = int(getattr(self.vision_config, "num_channels", 3))
         shape = (DynamicSize("images", example=3), channels, height, width)
         return [VisionInput("pixel_values", shape, ("image", None, None, None))]

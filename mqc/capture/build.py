@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mqc.capture.weights import FolderWeights, ModelWeights, checked
 from mqc.errors import CaptureError, CheckpointError
 from mqc.ir import Link, ParamStore, Program, TensorType
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
@@ -42,7 +45,11 @@ class Source:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Locate and check the model; no weights are read. Raises :class:`CheckpointError`."""
+        """Locate and check the model; no weights are read.
+
+        Raises :class:`CheckpointError`, or :class:`CaptureError` for a model that cannot be
+        represented.
+        """
         self.folder: Path | None = None
         self.weights: FolderWeights | ModelWeights
         self.generation: GenerationConfig | None
@@ -64,6 +71,13 @@ class Source:
                 self.config, trust_remote_code=trust_remote_code
             )
         self.adapter: Adapter = adapter_for(self.config)
+        self.adapter.check()
+        if type(self.adapter) is Adapter:
+            logger.warning(
+                "model type %r has no adapter of its own and is taken for a LLaVA-like model; "
+                "compare its answers with transformers' before relying on them",
+                self.config.model_type,
+            )
 
     def skeleton(self, dtype: torch.dtype) -> Skeleton:
         """Build the model without weights. Raises :class:`CaptureError`."""

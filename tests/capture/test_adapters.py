@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,26 @@ def test_tower_that_returns_pieces() -> None:
     model = AutoModelForImageTextToText.from_config(FAMILIES["llava"]())
     with pytest.raises(CaptureError, match="separate pieces"):
         Adapter(model.config).image_embeds(model, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"sliding_window": 64},
+    ],
+)
+def test_layers_that_do_not_fit(change: dict[str, Any]) -> None:
+    config = FAMILIES["llava"]()
+    adapter_for(config).check()
+    for key, value in change.items():
+        setattr(config.text_config, key, value)
+    with pytest.raises(CaptureError, match="only full attention"):
+        adapter_for(config).check()
+
+
+def test_variable_grid_without_adapter() -> None:
+    config = FAMILIES["qwen2_vl"]()
+    with pytest.raises(CaptureError, match="no fixed image size"):
+        Adapter(config).vision_inputs()

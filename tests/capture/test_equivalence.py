@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mqc.capture import capture, load_processor
 from mqc.ir import Program, load_program, save_program, verify
+from mqc.ir.serialize import program_to_json
 from mqc.models import EMBEDDED, embedded_model_path
 from mqc.testing.families import FAMILIES, build_family, make_image, sample
 
@@ -116,6 +117,11 @@ def test_image_sizes(case: Case) -> None:
         assert relative(actual, case.reference(batch)) <= TOLERANCE[case.dtype]
 
 
+def test_one_token(case: Case) -> None:
+    batch = {"input_ids": torch.tensor([[30]]), "attention_mask": torch.tensor([[1]])}
+    assert relative(case.glue.logits(batch), case.reference(batch)) <= TOLERANCE[case.dtype]
+
+
 def test_head_only_for_the_rows_asked_for(case: Case) -> None:
     embeds, positions = case.glue.embeds(case.batch), case.glue.positions(case.batch)
     valid = case.batch["attention_mask"].bool()
@@ -138,9 +144,10 @@ def test_model_in_memory_is_not_changed() -> None:
     model, batch = build_family("qwen2_vl")
     with torch.no_grad():
         before = model(**batch).logits
-        capture(model)
+        first, second = capture(model), capture(model)
         after = model(**batch).logits
     assert torch.equal(before, after)
+    assert program_to_json(first) == program_to_json(second)
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
