@@ -104,14 +104,11 @@ A8_VARIANTS = [
     for bits, (form, bias, split, groups, k, signed) in itertools.product(
         (4, 8),
         [
-            (None, False, False, None, 24, False),
             (None, True, True, None, 24, False),
             (None, False, False, None, 23, True),
             (None, True, False, 3, 24, False),
-            ("mask", False, True, None, 24, False),
             ("mask", True, False, 2, 24, True),
             ("count", True, True, None, 23, False),
-            ("count", True, True, 3, 24, False),
             ("count", False, False, None, 24, True),
         ],
     )
