@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mqc.api import compile, evaluate, inspect, load, opt  # noqa: A004
-    from mqc.capture import capture, probe
+    from mqc.api import compile, evaluate, inspect, load, opt, probe  # noqa: A004
+    from mqc.capture import capture
     from mqc.transform import Pass, PassManager
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOME = {
     "inspect": "mqc.api",
     "load": "mqc.api",
     "opt": "mqc.api",
-    "probe": "mqc.capture",
+    "probe": "mqc.api",
 }
 
 

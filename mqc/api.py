@@ -4,6 +4,7 @@ from mqc.compiler import CompileReport, PassOptions, compile, opt  # noqa: A004
 from mqc.evaluation import Evaluation, evaluate
 from mqc.inspection import Inspection, inspect
 from mqc.loading import load, load_float, open_model
+from mqc.probing import probe
 
 __all__ = [
     "CompileReport",
@@ -17,4 +18,5 @@ __all__ = [
     "load_float",
     "open_model",
     "opt",
+    "probe",
 ]

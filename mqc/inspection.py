@@ -63,5 +63,8 @@ def merge_details(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for detail in entry.get("details", ()):
             facts = {key: value for key, value in detail.items() if key not in ("layer", "layers")}
             for name in detail.get("layers", [detail["layer"]] if "layer" in detail else []):
-                layers.setdefault(str(name), {"layer": str(name)}).update(facts)
+                base = str(name).partition("~")[0]  # a changed weight's name has a suffix
+                if "bits" in facts:  # quantized layers stand in the order of the graph
+                    layers[base] = layers.pop(base, {"layer": base})
+                layers.setdefault(base, {"layer": base}).update(facts)
     return list(layers.values())

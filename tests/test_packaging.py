@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"passes"},
     {"cuda", "backends"},
     {"config", "pipeline", "progress", "loading"},
-    {"", "compiler", "evaluation", "inspection", "api", "commands", "cli"},
+    {"", "compiler", "evaluation", "inspection", "probing", "api", "commands", "cli"},
     {"testing"},
 ]
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}

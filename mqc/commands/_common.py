@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from mqc.errors import MqcError, UsageError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
+
+PIPE_WIDTH = 160
+"""Columns of tables that go to a file or pipe."""
 
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, hub id, or embedded model such as tiny-qwen2-vl.")
@@ -65,8 +68,8 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the rotations'
 
 
 def stdout() -> Console:
-    """The console of results. Made at each use, so that redirection is seen."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    """The console of results, wide where no terminal limits it. Made at each use."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:
@@ -84,7 +87,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for column in columns:
         right = column.endswith(">")
-        result.add_column(column.removesuffix(">"), justify="right" if right else "left")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        result.add_column(column.removesuffix(">"), justify=justify, overflow="fold")
     for row in rows:
         result.add_row(*(escape("-" if cell is None else str(cell)) for cell in row))
     return result

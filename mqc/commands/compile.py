@@ -134,7 +134,7 @@ def passes_table(records: list[PassRecord]) -> Any:
     ]
     rows = []
     for record in records:
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(record.counts.items()))
+        counts = ", ".join(f"{count} {what}" for what, count in record.counts.items() if count)
         row = [record.name, counts or "nothing", len(record.skips), f"{record.seconds:.1f}"]
         if verified:
             row.append("-" if record.error is None else f"{record.error:.1e}")

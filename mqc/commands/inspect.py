@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -29,27 +30,55 @@ def inspect_command(artifact: common.ArtifactPath, as_json: common.Json = False)
         rows, source = found.calibration.get("rows"), found.calibration.get("source")
         console.print(f"  calibrated on {rows} rows of {source}", markup=False)
     console.print("  passes: " + ", ".join(str(entry["pass"]) for entry in found.passes))
-    columns = ["layer", "weights", "scale text>", "scale visual>", "split>", "SQNR, dB>"]
-    console.print(common.table("layers", columns, map(layer_row, found.layers)))
+    quantized = [layer for layer in found.layers if layer.get("bits") is not None]
+    for component in dict.fromkeys(str(layer["component"]) for layer in quantized):
+        rows = [layer_row(layer) for layer in quantized if layer["component"] == component]
+        console.print(common.table(component, LAYER_COLUMNS, rows))
+    if not quantized:
+        console.print("  no layer is quantized")
 
 
-def layer_row(layer: dict[str, Any]) -> list[Any]:
-    """The cells of one layer's record; what a pass did not say stays empty."""
-    bits = layer.get("bits")
-    weights = None
-    if bits is not None:
-        group = f"g{layer['group_size']}" if layer.get("group_size") else ""
-        weights = f"W{bits}{group} {layer.get('method', '')}".strip()
-    scales = [_number(value) for value in layer.get("scales", ())]
-    if len(scales) == 1:
-        scales = [scales[0], scales[0]] if layer.get("modality") != "visual" else [None, scales[0]]
-    text, visual = (*scales, None, None)[:2]
-    split = layer.get("columns_split")
-    count = len(split) if isinstance(split, list) else split
-    return [layer["layer"], weights, text, visual, count, _number(layer.get("sqnr_db"), "%.1f")]
+LAYER_COLUMNS = (
+    "layer",
+    "bits",
+    "method",
+    "scale text>",
+    "scale visual>",
+    "split>",
+    "Hadamard>",
+    "SQNR weight>",
+    "SQNR output>",
+)
 
 
-def _number(value: Any, form: str = "%.4g") -> str | None:
+def layer_row(layer: Mapping[str, Any]) -> list[Any]:
+    """The cells of one layer's record; what no pass said stays empty.
+
+    Scales are steps of int8; columns split off are named; SQNR in dB, of the weight alone and of
+    the layer's output on the calibration data.
+    """
+    scales = layer.get("scales") or {}
+    group = f"g{layer['group_size']}" if layer.get("group_size") else ""
+    text, visual = scales.get("text"), scales.get("visual")
+    if "all" in scales:
+        text, visual = scales["all"], scales["all"]
+        if layer["component"] == "vision":
+            text = None
+    split = ", ".join(map(str, layer.get("columns", ())))
+    return [
+        str(layer["layer"]).removeprefix("model.").removesuffix(".weight"),
+        f"W{layer['bits']}{group}A{8 if scales else 16}",
+        layer.get("method"),
+        _number(text, "%.4g"),
+        _number(visual, "%.4g"),
+        split or None,
+        layer.get("block"),
+        _number(layer.get("weight_sqnr_db"), "%.1f"),
+        _number(layer.get("output_sqnr_db"), "%.1f"),
+    ]
+
+
+def _number(value: Any, form: str) -> str | None:
     return None if value is None else form % value
 
 
@@ -63,9 +92,9 @@ def probe_command(
 
     Example: mqc probe tiny-qwen2-vl
     """
-    from mqc.capture import probe
+    from mqc import api
 
-    report = probe(model, revision=revision, trust_remote_code=trust_remote_code)
+    report = api.probe(model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         common.print_json(report.to_json())
         return
@@ -88,10 +117,27 @@ def probe_command(
         )
         console.print("  in   " + "\n       ".join(fold_ports(part.inputs)), markup=False)
         console.print("  out  " + "\n       ".join(fold_ports(part.outputs)), markup=False)
-    for name, value in report.analyses.items():
-        console.print(f"  {name}: {value}", markup=False)
+    if report.analyses:
+        _print_analyses(report.analyses)
     if report.weights is not None:
         console.print(f"[bold red]weights:[/] {escape(report.weights)}")
+
+
+def _print_analyses(found: Mapping[str, Any]) -> None:
+    console = common.stdout()
+    for stream in found["streams"]:
+        online = f", {stream['online']} contacts rotated online" if stream["online"] else ""
+        console.print(
+            f"residual stream of {stream['width']} channels in {', '.join(stream['components'])}: "
+            f"{stream['writers']} writers, {stream['readers']} readers, {stream['norms']} norms"
+            f"{online}",
+            markup=False,
+        )
+    for kind, name in (("attention", "value/output pairs"), ("feed_forward", "up/down pairs")):
+        counts = ", ".join(f"{part} {count}" for part, count in found[kind].items())
+        console.print(f"{name}: {counts or 'none'}", markup=False)
+    for reason in found["unpaired"]:
+        console.print(f"not paired: {reason}", markup=False)
 
 
 def fold_ports(ports: list[str]) -> list[str]:
