@@ -33,6 +33,11 @@ def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
             f"checkpoint {str(name)!r} {what}",
             hint=f"give a folder, a hub id (owner/name), or an embedded model: {embedded}",
         )
+    if "/" not in str(name):
+        raise CheckpointError(
+            f"{str(name)!r} is neither a folder nor an embedded model",
+            hint=f"give a folder, a hub id (owner/name), or an embedded model: {embedded}",
+        )
     try:
         return Path(
             snapshot_download(str(name), revision=revision, allow_patterns=_PATTERNS)

@@ -207,6 +207,7 @@ def test_unsupported_architecture(folder: Path, model_type: str) -> None:
 
 def test_unknown_folder(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "does not exist")
+    refused("tiny-qwen", "neither a folder nor an embedded model")
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "is a file")
 
