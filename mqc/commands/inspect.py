@@ -129,7 +129,7 @@ def _print_analyses(found: Mapping[str, Any]) -> None:
         online = f", {stream['online']} contacts rotated online" if stream["online"] else ""
         console.print(
             f"residual stream of {stream['width']} channels in {', '.join(stream['components'])}: "
-            f"{stream['writers']} writers, {stream['readers']} readers, {stream['norms']} norms"
+            f"{stream['writers']} writers, {stream['adds']} additions, {stream['norms']} norms"
             f"{online}",
             markup=False,
         )
