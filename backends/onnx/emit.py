@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
+
+from mqc.backends.onnx.builder import Unsupported
 from mqc.backends.onnx.lower import lower
-from mqc.backends.onnx.trace import trace_component
-from mqc.backends.onnx.translate import TRANSLATIONS
+from mqc.backends.onnx.translate import translate
 from mqc.backends.onnx.write import write
-from mqc.ir import Program
-from mqc.ops.onnx_functions import translation_table
+from mqc.ir import Component, Program
 
 Progress = Callable[[str, float], None]
 """Called with what is being done ("decoder: weights") and how much of the whole is done, 0 to 1."""
@@ -33,12 +34,11 @@ def emit(program: Program, folder: Path, progress: Progress | None = None) -> li
     """
     lowered = lower(program)[0]
     files: list[Path] = []
-    table = TRANSLATIONS | translation_table()
     share = 1 / len(lowered.components)
     for index, component in enumerate(lowered):
         report = _reporter(progress, component.name, index * share, share)
         report("graph", 0.0)
-        model = trace_component(component, table)
+        model = to_onnx(component)
         names = component.param_names()
         report("weights", _TRACE_SHARE)
         counter = _Counter(len(names), report)
@@ -47,6 +47,19 @@ def emit(program: Program, folder: Path, progress: Progress | None = None) -> li
     if progress is not None:
         progress("done", 1.0)
     return files
+
+
+def to_onnx(component: Component) -> onnx.ModelProto:
+    """The model of one component, parameters as its last inputs.
+
+    Raises :class:`~mqc.errors.TargetError` where neither mqc nor torch.onnx knows an operator.
+    """
+    try:
+        return translate(component)
+    except Unsupported:
+        from mqc.backends.onnx.trace import trace_component
+
+        return trace_component(component)
 
 
 class _Counter:

@@ -1,8 +1,8 @@
-"""A component as an ONNX graph: exported again without its parameters, translated node by node.
+"""The road of :mod:`torch.onnx`, for components that :mod:`mqc.backends.onnx.translate` cannot do.
 
+It knows many more operators and is about twenty times slower: the graph is traced twice more.
 Parameters are inputs of the traced graph, so no weight is in memory while this runs and no
-optimizer can fold, copy or unpack one. :mod:`mqc.backends.onnx.write` makes them initializers and
-streams their data into the file.
+optimizer can fold, copy or unpack one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -20,26 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mqc.backends.onnx.builder import OPSET, evaluate_size, value_info
 from mqc.errors import TargetError
-from mqc.ir import Component, Port, TensorType
+from mqc.ir import Component, TensorType
+from mqc.ops.onnx_functions import translation_table
 
-OPSET = 21
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29)
 _SYMBOL_NAMES = str.maketrans("+-*/()", "      ")
 
 
-def trace_component(
-    component: Component, translations: Mapping[Callable[..., Any], Callable[..., Any]]
-) -> ir.Model:
-    """Translate ``component`` to ONNX.
-
-    Args:
-        component: a graph of ATen and ``mqc::`` operators; it is not changed.
-        translations: operator overload -> function that emits ONNX operators.
-
-    Returns:
-        A model whose graph's inputs are the component's input ports followed by its parameters in
-        the order of their names, and whose outputs are its output ports, all under their names.
+def trace_component(component: Component) -> onnx.ModelProto:
+    """Translate ``component`` to ONNX; the result is as :func:`~mqc.backends.onnx.translate` gives.
 
     Raises:
         TargetError: an operator has no translation, or a dynamic size became a constant.
@@ -57,13 +48,21 @@ def trace_component(
                 verbose=False,
                 input_names=[*(port.name for port in component.inputs), *names],
                 output_names=[port.name for port in component.outputs],
-                custom_translation_table=dict(translations),
+                custom_translation_table=translation_table(),
             )
     except Exception as error:
         raise _failure(component, error) from error
     assert program is not None
-    _set_ports(program.model, component)
-    return program.model
+    _clean(program.model)
+    model = ir.to_proto(program.model)
+    model.graph.name = component.name
+    for values, ports in (
+        (model.graph.input, component.inputs),
+        (model.graph.output, component.outputs),
+    ):
+        for value, port in zip(values, ports, strict=False):  # parameters follow the inputs
+            value.CopyFrom(value_info(port.name, port.type))
+    return model
 
 
 def _export(component: Component, names: list[str]) -> ExportedProgram:
@@ -72,7 +71,7 @@ def _export(component: Component, names: list[str]) -> ExportedProgram:
     args, shapes = [], []
     with FakeTensorMode(shape_env=ShapeEnv()):
         for port in component.inputs:
-            shape = [_evaluate(size, sizes) for size in port.type.shape]
+            shape = [evaluate_size(size, sizes) for size in port.type.shape]
             args.append(torch.empty(shape, dtype=port.type.dtype))
             shapes.append(
                 {i: Dim.AUTO for i, s in enumerate(port.type.shape) if isinstance(s, str)}
@@ -122,12 +121,6 @@ def example_sizes(component: Component) -> dict[str, int]:
     return dict(zip(symbols, _PRIMES, strict=False))
 
 
-def _evaluate(size: int | str, sizes: Mapping[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(eval(size, {"__builtins__": {}}, dict(sizes)))
-
-
 def _check_dynamic(component: Component, exported: ExportedProgram) -> None:
     nodes = exported.graph.find_nodes(op="placeholder")[: len(component.inputs)]
     for port, node in zip(component.inputs, nodes, strict=True):
@@ -140,23 +133,24 @@ def _check_dynamic(component: Component, exported: ExportedProgram) -> None:
                 )
 
 
-def _set_ports(model: ir.Model, component: Component) -> None:
-    """Give the graph's inputs and outputs the types of the ports, with their readable sizes."""
-    for values, ports in (
-        (model.graph.inputs, component.inputs),
-        (model.graph.outputs, component.outputs),
-    ):
-        for value, port in zip(values, ports, strict=False):  # parameters follow the inputs
-            _set_port(value, port)
-
-
-def _set_port(value: ir.Value, port: Port) -> None:
-    value.shape = ir.Shape(list(port.type.shape))
-    value.type = ir.TensorType(_onnx_dtype(port.type.dtype))
-
-
-def _onnx_dtype(dtype: torch.dtype) -> ir.DataType:
-    return ir.tensor(torch.empty(0, dtype=dtype)).dtype
+def _clean(model: ir.Model) -> None:
+    """Remove what depends on the machine or the run, and types that a checker may contradict."""
+    model.producer_name = model.producer_version = model.doc_string = None
+    model.domain = model.model_version = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    kept = {*values, *model.graph.outputs}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+        if value not in kept:
+            value.shape, value.type = None, None
 
 
 def _failure(component: Component, error: Exception) -> TargetError:

@@ -1,83 +1,89 @@
-"""ATen operators that mqc translates to ONNX itself, because the exporter's way is slow or unsafe.
-
-Attention: grouped keys and values are never repeated, the boolean mask becomes an additive one
-that all layers share (equal nodes are merged when a session is made), and no row can become NaN,
-since a forbidden score is the lowest finite number, not minus infinity.
-"""
+"""A component as an ONNX model, node by node."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from onnxscript import opset18 as op
+import onnx
+from torch import fx
 
-FORBIDDEN = torch.finfo(torch.float32).min
-"""Additive mask of a key that a row may not attend: exp() of it is 0 beside any allowed score."""
+import mqc.backends.onnx.rules_math  # noqa: F401  (registers rules)
+from mqc.backends.onnx.builder import Builder, Unsupported
+from mqc.backends.onnx.rules import RULES, Call
+from mqc.backends.onnx.rules_math import size_rule
+from mqc.ir import Component, TensorType
+from mqc.ops import OPS
+
+DOMAIN = "ai.mqc"
 
 
-def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """``scaled_dot_product_attention``: [B,H,T,D], [B,G,L,D], [B,G,L,D] -> [B,H,T,D].
+def translate(component: Component) -> onnx.ModelProto:
+    """Translate ``component`` to ONNX; it is not changed.
 
-    ``attn_mask`` is bool (True = may attend) or additive, [B or 1, 1, T, L] or, without grouping,
-    anything that broadcasts to [B,H,T,L]. With grouping (G < H) the H / G query heads that share a
-    key head are stacked along T: one matrix product a key head.
+    Returns:
+        A model whose graph's inputs are the input ports followed by the parameters in the order of
+        their names, and whose outputs are the output ports, all under their own names.
 
     Raises:
-        NotImplementedError: dropout, an implicit causal mask, or grouping with a mask per head.
+        Unsupported: there is no rule for a call; the message names it.
     """
-    if dropout_p or is_causal:
-        raise NotImplementedError("attention with dropout or an implicit causal mask")
-    rank, width = len(query.shape), int(query.shape[-1])
-    heads, groups = query.shape[-3], key.shape[-3]
-    grouped = enable_gqa and heads != groups
-    mask = _additive(attn_mask)
-    scaled = op.Mul(query, op.Constant(value_float=_scale(scale, width)))
-    if grouped:
-        scaled = op.Reshape(scaled, op.Constant(value_ints=[0, int(groups), -1, width]))
-        mask = _stack(mask, int(heads) // int(groups))
-    turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(scaled, turned)
-    if mask is not None:
-        scores = op.Add(scores, mask)
-    result = op.MatMul(op.Softmax(scores, axis=-1), value)
-    if grouped:
-        result = op.Reshape(result, op.Constant(value_ints=[0, int(heads), -1, width]))
-    return result
+    builder = Builder(component)
+    parameters: dict[str, TensorType] = {}
+    ports = {node: port.name for port, node in reversed(_results(component))}
+    for node in component.graph.nodes:
+        if node.op == "get_attr":
+            parameters[str(node.target)] = node.meta["type"]
+            builder.names[node] = str(node.target)
+        elif node.op == "placeholder":
+            builder.names[node] = str(node.target)
+        elif node.op == "call_function":
+            start = len(builder.nodes)
+            builder.enter(node)
+            result = _translate(builder, node)
+            name = ports.get(node, node.name)
+            made = any(result in item.output for item in builder.nodes[start:])
+            builder.names[node] = (
+                builder.rename(result, name, start) if made or node in ports else result
+            )
+    for port, node in _results(component):
+        if builder.names[node] != port.name:
+            builder.enter(component.output_node)
+            builder.rename(builder.names[node], port.name, len(builder.nodes))
+    return builder.model(sorted(parameters.items()))
 
 
-def _scale(scale: float | None, width: int) -> float:
-    return 1.0 / math.sqrt(width) if scale is None else float(scale)
+def _results(component: Component) -> list[tuple[Any, fx.Node]]:
+    values = component.output_node.args[0]
+    assert isinstance(values, (tuple, list))
+    return list(zip(component.outputs, values, strict=True))  # type: ignore[arg-type]
 
 
-def _additive(mask: Any) -> Any:
-    if mask is None or mask.dtype.is_floating_point():
-        return mask
-    allowed, forbidden = op.Constant(value_float=0.0), op.Constant(value_float=FORBIDDEN)
-    return op.Where(mask, allowed, forbidden)
+def _translate(builder: Builder, node: fx.Node) -> str:
+    if not isinstance(node.meta.get("type"), TensorType):
+        return size_rule(builder, node)
+    found = RULES.get(node.target)
+    if found is not None:
+        return found(builder, Call(node))
+    if str(node.target).startswith("mqc."):
+        return _own(builder, node)
+    raise Unsupported(f"{node.target} has no rule")
 
 
-def _stack(mask: Any, times: int) -> Any:
-    """The mask of stacked query heads: [B,1,T,L] -> [B,1,times*T,L]."""
-    if mask is None:
-        return None
-    if mask.shape is not None and mask.shape[-3] != 1:
-        raise NotImplementedError("grouped attention with a mask per head")
-    return op.Concat(*([mask] * times), axis=-2)
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.scaled_dot_product_attention.default: attention,
-}
-"""Operator overload -> translation, for ``torch.onnx.export(custom_translation_table=...)``."""
+def _own(builder: Builder, node: fx.Node) -> str:
+    """An ``mqc::`` operator: a node of domain ai.mqc whose type names the variant."""
+    op = OPS[str(node.target).split(".")[1]]
+    call = Call(node)
+    kinds: dict[str, Any] = {}
+    for name in op.arguments:
+        value = call[name]
+        kinds[name] = value.meta["type"] if isinstance(value, fx.Node) else value
+    flags = op.onnx.flags(kinds)
+    made = {} if op.onnx.constants is None else op.onnx.constants(kinds)
+    inputs = []
+    for name in op.onnx.inputs(flags):
+        if name in made:
+            inputs.append(builder.constant(made[name]))
+        else:
+            inputs.append(builder.name(call[name.removesuffix("_in")]))
+    attributes = {name: int(call[name]) for name in op.onnx.attributes}
+    return builder("_".join((op.onnx.name, *flags)), *inputs, domain=DOMAIN, **attributes)
