@@ -90,7 +90,7 @@ def demo_command(
 def ask(runnable: Runnable, image: Image, question: str) -> None:
     """Print a question, the answer as it is written, and the right one."""
     sys.stdout.write(f"{question}  ")
-    for piece in runnable.stream(prompt=question, images=[image]):
+    for piece in runnable.stream(prompt=question, images=[image], max_new_tokens=16):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write(f"   (right: {QUESTIONS[question]})\n")
