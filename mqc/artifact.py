@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -257,7 +258,7 @@ def clean_leftovers(target: Path) -> list[Path]:
     A writer killed between its two renames leaves the previous artifact aside: it is put back.
     """
     removed = []
-    for folder in sorted(target.parent.glob(f".{_escape(target.name)}.mqc-*")):
+    for folder in _leftovers(target):
         with contextlib.suppress(OSError), _locked(folder, wait=False):
             if folder.suffix == ".old" and not target.exists() and (folder / MANIFEST).is_file():
                 folder.rename(target)
@@ -345,11 +346,14 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _old_hint(folder: Path) -> str:
-    asides = sorted(folder.parent.glob(f".{_escape(folder.name)}.mqc-*.old"))
+    asides = [path for path in _leftovers(folder) if path.suffix == ".old"]
     if asides:
         return f"a compile was killed while replacing it; its previous state is in {asides[0]}"
     return "make it with mqc compile"
 
 
-def _escape(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+def _leftovers(target: Path) -> list[Path]:
+    """Temporary and set-aside folders of all writers of ``target``, sorted."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.mqc-[0-9a-f]{{12}}\.(tmp|old)")
+    folders = target.parent.glob(".*.mqc-*")
+    return sorted(path for path in folders if name.fullmatch(path.name))

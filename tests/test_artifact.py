@@ -195,6 +195,13 @@ def test_a_killed_writer_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     assert (path / "graphs/a.bin").read_text() == "more"
 
 
+def test_folders_of_like_names_are_left_alone(tmp_path: Path) -> None:
+    for name in (".model.mqc-notes", ".model.mqc-0123456789ab.tmp.mqc-0123456789ab.tmp"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "model")
+    assert len(hidden(tmp_path)) == 2
+
+
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process = writing(tmp_path / "model")
     process.send_signal(signal.SIGINT)
@@ -218,9 +225,9 @@ def test_kill_between_the_two_renames(tmp_path: Path) -> None:
     """What such a kill leaves: the old artifact aside, the new one complete, none in place."""
     path = tmp_path / "model"
     write(path, "old")
-    path.rename(tmp_path / ".model.mqc-0123.old")
+    path.rename(tmp_path / ".model.mqc-0123456789ab.old")
     write(tmp_path / "other", "new")
-    (tmp_path / "other").rename(tmp_path / ".model.mqc-0123.tmp")
+    (tmp_path / "other").rename(tmp_path / ".model.mqc-0123456789ab.tmp")
     with pytest.raises(ArtifactError, match=r"killed while replacing.*\.old"):
         read_manifest(path)
     with pytest.raises(ValueError), ArtifactWriter(path):

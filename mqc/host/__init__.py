@@ -10,7 +10,15 @@ from mqc.host.generate import GenerationResult, Sampling, Token, generate, gener
 from mqc.host.program_engine import ProgramEngine
 from mqc.host.prompt import Prompt, append_answer, build_prompt, build_prompts, messages_from
 from mqc.host.runnable import Runnable, load_runnable
-from mqc.host.score import AnswerScore, EvalItem, EvalReport, evaluate, score
+from mqc.host.score import (
+    AnswerScore,
+    EvalItem,
+    EvalReport,
+    answer_ids,
+    evaluate,
+    score,
+    wilson,
+)
 
 __all__ = [
     "AnswerScore",
@@ -27,6 +35,7 @@ __all__ = [
     "Sampling",
     "State",
     "Token",
+    "answer_ids",
     "append_answer",
     "build_prompt",
     "build_prompts",
@@ -41,4 +50,5 @@ __all__ = [
     "prefill",
     "score",
     "steps",
+    "wilson",
 ]
