@@ -14,7 +14,7 @@ from torch import fx
 
 from mqc.backends.onnx.builder import evaluate_size
 from mqc.capture import capture
-from mqc.ir import Component, Port, Program, TensorType
+from mqc.ir import Component, ParamStore, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, get_param, replace, tensor_type
 from mqc.numerics.packing import pack_int4
 from mqc.passes.canonicalize import Canonicalize
@@ -189,3 +189,49 @@ def _add_modality(component: Component, form: str | None) -> fx.Node | None:
     with graph.inserting_after(node):
         count = TensorType(("batch",), torch.int64)
         return call(graph, aten.sum.dim_IntList, (node, [1]), count, node)
+
+
+def single_op(
+    params: dict[str, torch.Tensor],
+    columns: int,
+    rows: int,
+    form: str | None,
+    bias: bool,
+    hadamard: int = 0,
+) -> Program:
+    """Component "layer": x [batch, tokens, columns] -> quantize -> linear_w4a8 (q, s, a, b).
+
+    With ``hadamard``, x goes through the transform twice before.
+    """
+    graph, store = fx.Graph(), ParamStore()
+    kind = TensorType(("batch", "tokens", columns), torch.float32)
+    ports = [Port("x", kind, ("batch", "token", None))]
+    if form == "mask":
+        mask = TensorType(("batch", "tokens"), torch.bool)
+        ports.append(Port("modality", mask, ("batch", "token")))
+    elif form == "count":
+        ports.append(Port("modality", TensorType(("batch",), torch.int64), ("batch",)))
+    nodes = {}
+    for port in ports:
+        nodes[port.name] = graph.placeholder(port.name)
+        nodes[port.name].meta = {"type": port.type}
+    values = {}
+    for name, value in params.items():
+        store[name] = value
+        values[name] = graph.create_node("get_attr", name)
+        values[name].meta = {"type": TensorType.of(value)}
+    x, modality = nodes["x"], nodes.get("modality")
+    for _ in range(2 if hadamard else 0):
+        x = call(graph, ops.hadamard.default, (x, hadamard), kind, x)
+    args = (x, values["a"], modality)
+    xq = call(graph, ops.quantize_static.default, args, kind.with_dtype(torch.int8), x)
+    made = kind.with_shape("batch", "tokens", rows)
+    last = values["b"] if bias else None
+    args = (xq, values["q"], values["s"], values["a"], modality, last, None, None)
+    y = call(graph, ops.linear_w4a8.default, args, made, x)
+    graph.output((y,))
+    outputs = [Port("y", made, ("batch", "token", None))]
+    component = Component("layer", graph, ports, outputs)
+    eliminate_dead_code(program := Program({"layer": component}, store, [], {}))
+    program.dialect = "quantized"
+    return program

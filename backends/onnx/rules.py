@@ -125,7 +125,7 @@ def _expand(b: Builder, call: Call) -> str:
     source, target = type_of(call["self"]).shape, call.type.shape
     if source == target:
         return b.name(call["self"])
-    padded: list[Dim] = [1] * (len(target) - len(source)) + list(source)
+    padded: list[Dim] = [*[1] * (len(target) - len(source)), *source]
     sizes: list[Any] = []
     for given, own, size in zip(call["size"], padded, target, strict=True):
         if own == size:
@@ -210,8 +210,8 @@ def _gather(b: Builder, call: Call) -> str:
     index = call["index"]
     rows = _repeated_rows(call)
     if rows is not None:  # whole rows: no index for every element
-        name = b("Unsqueeze", b.name(rows), b.ints(-1)) if type_of(rows).rank == 1 else b.name(rows)
-        return b("GatherND", b.name(call["self"]), b("Unsqueeze", name, b.ints(-1)), batch_dims=1)
+        places = b("Unsqueeze", b.name(rows), b.ints(-1))
+        return b("GatherND", b.name(call["self"]), places, batch_dims=1)
     return b("GatherElements", b.name(call["self"]), b.name(index), axis=call.axis())
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
+from onnx import TensorProto
 from torch import fx
 
 import mqc.backends.onnx.rules_math  # noqa: F401  (registers rules)
-from mqc.backends.onnx.builder import Builder, Unsupported
+from mqc.backends.onnx.builder import ONNX_DTYPE, Builder, Unsupported, type_of
 from mqc.backends.onnx.rules import RULES, Call
 from mqc.backends.onnx.rules_math import size_rule
 from mqc.ir import Component, TensorType
+from mqc.ir.types import Dim
 from mqc.ops import OPS
 
 DOMAIN = "ai.mqc"
@@ -55,7 +57,7 @@ def translate(component: Component) -> onnx.ModelProto:
 def _results(component: Component) -> list[tuple[Any, fx.Node]]:
     values = component.output_node.args[0]
     assert isinstance(values, (tuple, list))
-    return list(zip(component.outputs, values, strict=True))  # type: ignore[arg-type]
+    return list(zip(component.outputs, values, strict=True))
 
 
 def _translate(builder: Builder, node: fx.Node) -> str:
@@ -69,6 +71,18 @@ def _translate(builder: Builder, node: fx.Node) -> str:
     raise Unsupported(f"{node.target} has no rule")
 
 
+class _Operand(NamedTuple):
+    """A tensor argument as variants see it; ``dtype`` is the ONNX name, e.g. "UINT8"."""
+
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Operand:
+        kind = type_of(node)
+        return cls(kind.shape, TensorProto.DataType.Name(ONNX_DTYPE[kind.dtype]))
+
+
 def _own(builder: Builder, node: fx.Node) -> str:
     """An ``mqc::`` operator: a node of domain ai.mqc whose type names the variant."""
     op = OPS[str(node.target).split(".")[1]]
@@ -76,7 +90,7 @@ def _own(builder: Builder, node: fx.Node) -> str:
     kinds: dict[str, Any] = {}
     for name in op.arguments:
         value = call[name]
-        kinds[name] = value.meta["type"] if isinstance(value, fx.Node) else value
+        kinds[name] = _Operand.of(value) if isinstance(value, fx.Node) else value
     flags = op.onnx.flags(kinds)
     made = {} if op.onnx.constants is None else op.onnx.constants(kinds)
     inputs = []
