@@ -272,7 +272,7 @@ def _rotate_heads(program: Program, pair: ValueOutputPair, matrix: Tensor) -> No
     rotated[rows] = torch.einsum("ij,hjk->hik", matrix, weight[rows])
     set_param(program, pair.value, 1, rotated.to(program.dtype))
     if bias is not None:
-        shifted = bias.to(torch.float64)
+        shifted = bias.to(torch.float64).clone()
         shifted[rows] = bias.to(torch.float64)[rows] @ matrix.T
         set_param(program, pair.value, 2, shifted.to(program.dtype))
     out = program.params[str(pair.output.args[1].target)].to(torch.float64)  # type: ignore[union-attr]

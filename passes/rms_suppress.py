@@ -28,9 +28,8 @@ class RmsSuppress(Pass):
     A Hadamard transform turns the mean of a weight row into its first column, far above the rest,
     so that a row's int4 scale is wasted on it; the same channel of the activation carries the mean
     of the activations. Which columns dominate is measured, not assumed: columns are taken, largest
-    gain first, while leaving them out shrinks the quantization scales (root mean square over rows
-    of the weights; range of the activations, if there is calibration data) by ``threshold`` or
-    more. ``y = W x`` becomes ``y = W' x + w_c x_c`` with column c of W' zero.
+    first, while leaving them out shrinks the quantization scales (root mean square over rows of
+    the weights; range of the activations, if there is calibration data) by ``threshold`` each. ``y = W x`` becomes ``y = W' x + w_c x_c`` with column c of W' zero.
 
     Postcondition: split columns of the remaining weight are exactly zero.
     """
@@ -70,36 +69,34 @@ class RmsSuppress(Pass):
 
     def dominant(self, weight: Tensor, channel_range: Tensor | None = None) -> list[int]:
         """Dominant columns of a weight [N, K], given the largest activation per channel [K]."""
-        columns = _greedy(weight.abs().to(torch.float64), self.threshold)
+        magnitude = weight.abs().to(torch.float64)
+        order = magnitude.square().sum(0).argsort(descending=True, stable=True)
+        columns = order[: self._count(magnitude, order)].tolist()
         if channel_range is not None:
             values = channel_range.to(torch.float64).clone()
             values[columns] = 0.0
-            while len(columns) < min(MAX_COLUMNS, len(values) - 1):
-                top = torch.topk(values, 2).values
-                if top[0] < self.threshold * top[1] or top[1] == 0:
-                    break
-                columns.append(int(values.argmax()))
-                values[columns] = 0.0
-        return sorted(columns)
+            order = values.argsort(descending=True, stable=True)
+            columns += order[: self._count(values[None], order)].tolist()
+        return sorted(columns[:MAX_COLUMNS])
 
+    def _count(self, magnitude: Tensor, order: Tensor) -> int:
+        """How many of the first columns in ``order`` to split off.
 
-def _greedy(magnitude: Tensor, threshold: float) -> list[int]:
-    """Columns whose removal shrinks the rms of the row maxima by ``threshold``, best first."""
-    columns: list[int] = []
-    magnitude = magnitude.clone()
-    while len(columns) < min(MAX_COLUMNS, magnitude.shape[1] - 1):
-        top = torch.topk(magnitude, 2, dim=1)
-        first, second = top.values.square().T
-        total = first.sum()
-        gain = torch.zeros(magnitude.shape[1], dtype=torch.float64)
-        gain.index_add_(0, top.indices[:, 0], first - second)
-        best = int(gain.argmax())
-        rest = total - gain[best]
-        if rest <= 0 or float((total / rest).sqrt()) < threshold:
-            break
-        columns.append(best)
-        magnitude[:, best] = 0.0
-    return columns
+        Several equal outliers hide behind each other: the scale shrinks only when the last one is
+        gone. So j more columns are taken as soon as together they earn ``threshold ** j``.
+        """
+        rest, scales = magnitude.clone(), []
+        for column in (None, *order[: min(MAX_COLUMNS, len(order) - 1)].tolist()):
+            if column is not None:
+                rest[:, column] = 0.0
+            scales.append(float(rest.amax(1).square().sum().sqrt()))
+        count = 0
+        for more in range(1, len(scales)):
+            if scales[more] == 0.0:
+                break
+            if scales[count] / scales[more] >= self.threshold ** (more - count):
+                count = more
+        return count
 
 
 def _readers(component: Component) -> dict[fx.Node, list[fx.Node]]:

@@ -62,6 +62,8 @@ def set_param(
     args = list(node.args) + [None] * (index + 1 - len(node.args))
     args[index] = new
     node.args = tuple(args)
+    if isinstance(old, fx.Node) and old.op == "get_attr" and not old.users:
+        node.graph.erase_node(old)
 
 
 def call(

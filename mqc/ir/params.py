@@ -23,7 +23,8 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         value = self._values[name]
         if not isinstance(value, torch.Tensor):
-            value = value()
+            with torch.inference_mode(False):  # whoever reads first, it is an ordinary tensor
+                value = value()
             self._values[name] = value
         return value
 
