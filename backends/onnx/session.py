@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqc.backends.onnx.library import ops_library
+from mqc.backends.onnx.library import VARIABLE, ops_library
 from mqc.errors import ArtifactError, TargetError, VerificationError
 from mqc.host.engine import Cache
 
@@ -135,21 +135,33 @@ def open_session(
 
     Raises:
         ArtifactError: the file is missing, damaged, or asks for an operator that is not there.
+        TargetError: the operator library cannot be loaded.
     """
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", hint="copy or compile the artifact again")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    library = ops_library()
-    if library is not None:
-        options.register_custom_ops_library(str(library))
+    _register_library(options)
     try:
         return ort.InferenceSession(str(path), options, providers=providers or [_PROVIDERS["cpu"]])
     except Exception as error:
         raise ArtifactError(
             f"onnxruntime cannot open {path}: {_reason(error)}",
             hint="copy or compile the artifact again",
+        ) from error
+
+
+def _register_library(options: ort.SessionOptions) -> None:
+    library = ops_library()
+    if library is None:
+        return
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise TargetError(
+            f"the operator library {library} cannot be loaded: {_reason(error)}",
+            hint=f"unset {VARIABLE} to run without a library, or build it again",
         ) from error
 
 
