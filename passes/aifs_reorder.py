@@ -110,9 +110,7 @@ class _Reorder:
     def _batch(self) -> fx.Node:
         return self._call(aten.sym_size.int, (self.mask, 0), SCALAR)
 
-    def _move(
-        self, port: Port, node: fx.Node, place: fx.Node, order: fx.Node
-    ) -> fx.Node | None:
+    def _move(self, port: Port, node: fx.Node, place: fx.Node, order: fx.Node) -> fx.Node | None:
         """``node`` in the new order, or None where it has no token axis."""
         if port.name == INPUT:
             return None
@@ -166,9 +164,5 @@ class _Reorder:
                 wide.append(size)
             else:
                 wide.append(self._call(aten.sym_size.int, (value, dim), SCALAR))
-        full = self._call(
-            aten.expand.default, (flat, wide), TensorType(tuple(target), torch.int64)
-        )
-        return self._call(
-            aten.gather.default, (value, axis, full), kind.with_shape(*target)
-        )
+        full = self._call(aten.expand.default, (flat, wide), TensorType(tuple(target), torch.int64))
+        return self._call(aten.gather.default, (value, axis, full), kind.with_shape(*target))

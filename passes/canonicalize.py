@@ -59,19 +59,21 @@ class Canonicalize(Pass):
         for component in program:
             for node in list(component.graph.nodes):
                 if node.op == "call_function" and node.target in _DROPPED and ctx.take():
-                    replace(node, node.args[0])  # type: ignore[arg-type]
+                    replace(node, node.args[0])
                     result.counts["copies"] += 1
                 elif node.target in _RESHAPES and ctx.take():
                     _to_reshape(node)
                     result.counts["views"] += 1
                 elif node.target in _CASTS and _is_float_cast(node) and ctx.take():
-                    replace(node, node.args[0])  # type: ignore[arg-type]
+                    replace(node, node.args[0])
                     result.counts["casts"] += 1
             for node in list(component.graph.nodes):
                 if _foldable(node) and ctx.take():
                     _fold(program, node)
                     result.counts["constants"] += 1
-            for node in list(component.graph.find_nodes(op="call_function", target=aten.rsqrt.default)):
+            for node in list(
+                component.graph.find_nodes(op="call_function", target=aten.rsqrt.default)
+            ):
                 result.counts["rms_norms"] += _match_rms_norm(node, ctx)
             for node in list(component.graph.nodes):
                 if node.target in _CONVS and _tiles(node) and ctx.take():
@@ -160,7 +162,7 @@ def _match_rms_norm(rsqrt: fx.Node, ctx: PassContext) -> int:
     if not (isinstance(mean, fx.Node) and mean.target == aten.mean.dim and not is_tensor(eps)):
         return 0
     square = mean.args[0]
-    if list(mean.args[1]) != [-1] or not isinstance(square, fx.Node):  # type: ignore[arg-type]
+    if mean.args[1] != [-1] or not isinstance(square, fx.Node):
         return 0
     source = _squared(square)
     width = None if source is None else tensor_type(source).shape[-1]
@@ -195,9 +197,10 @@ def _with_gain(product: fx.Node, width: int) -> tuple[fx.Node, fx.Node | None]:
     users = list(product.users)
     if len(users) == 1 and users[0].target == aten.mul.Tensor:
         for gain in users[0].args:
-            if isinstance(gain, fx.Node) and gain.op == "get_attr":
-                if tensor_type(gain).shape == (width,):
-                    return users[0], gain
+            if not (isinstance(gain, fx.Node) and gain.op == "get_attr"):
+                continue
+            if tensor_type(gain).shape == (width,):
+                return users[0], gain
     return product, None
 
 

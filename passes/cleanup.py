@@ -10,12 +10,12 @@ from torch import fx
 
 from mqc.ir import Program
 from mqc.ir.dialect import MQC_FLOAT_OPS, MQC_QUANTIZED_OPS
-from mqc.ir.edit import aten, eliminate_dead_code, is_tensor, replace, tensor_type
+from mqc.ir.edit import aten, call, eliminate_dead_code, is_tensor, replace, tensor_type
 from mqc.ir.serialize import encode, target_name
 from mqc.transform import Pass, PassContext, PassResult
 
 _mqc = torch.ops.mqc
-_SPLIT_ARGUMENT = {
+_SPLIT_ARGUMENT: dict[Any, int] = {
     _mqc.linear_w4a8.default: 6,
     _mqc.linear_w8a8.default: 6,
     _mqc.linear_w4a16.default: 4,
@@ -52,7 +52,7 @@ class Cleanup(Pass):
                 if node.target == _mqc.rank_update.default and ctx.take():
                     result.counts["fused_updates"] += _fuse_update(node)
                 elif _is_identity(node) and ctx.take():
-                    replace(node, node.args[0])  # type: ignore[arg-type]
+                    replace(node, node.args[0])
                     result.counts["identities"] += 1
             result.counts["merged"] += _merge_equal(component.graph, ctx)
         result.counts["dead"] += eliminate_dead_code(program)
@@ -78,7 +78,7 @@ def _fuse_update(node: fx.Node) -> int:
     args[index], args[index + 1] = part, split
     # The linear moves to the update's place: its new arguments are defined in between.
     with node.graph.inserting_before(node):
-        fused = node.graph.call_function(linear.target, tuple(args))
+        fused = call(node.graph, linear.target, tuple(args), tensor_type(linear), linear)
     fused.meta = dict(linear.meta)
     replace(node, fused)
     node.graph.erase_node(linear)

@@ -197,7 +197,7 @@ class _Rotator:
             user
             for user in site.value.users
             if user.op == "output" or (track := self.flow.track(user)) is not None
-            if user.op == "output" or self.flow.group_of(user) is self.group and track is not None
+            if user.op == "output" or (self.flow.group_of(user) is self.group and track is not None)
         ]
         self._apply(site.value, users, -1, self.write)
 
@@ -207,7 +207,7 @@ class _Rotator:
     def _apply(
         self, value: fx.Node, users: list[fx.Node], axis: int, matrix: Tensor, blocks: int = 1
     ) -> None:
-        """Multiply the channel axis of ``value`` by ``matrix`` for ``users`` (an online rotation)."""
+        """Multiply the channel axis of ``value`` by ``matrix`` for ``users``: online."""
         graph, kind = value.graph, tensor_type(value)
         anchor = min(users)
         with graph.inserting_before(anchor):

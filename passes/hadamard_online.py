@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import fx
 
 from mqc.analysis.mlp import find_feed_forward
 from mqc.ir import Program
@@ -27,7 +30,7 @@ class HadamardOnline(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program)
-        transformed = {}
+        transformed: dict[Any, fx.Node] = {}
         for pair in find_feed_forward(program):
             where = f"{pair.component}.%{pair.down.name}"
             value, weight = pair.down.args[0], pair.down.args[1]

@@ -64,7 +64,9 @@ class QuantizeWeights(Pass):
             plan = _plan(component, spec, result)
             quantizer = _Quantizer(program, component, plan, result, ctx)
             if any(weights.method == "gptq" for weights in plan.values()):
-                quantizer.run_calibrated(component_samples(program, ctx.calibration, component.name))
+                quantizer.run_calibrated(
+                    component_samples(program, ctx.calibration, component.name)
+                )
             else:
                 quantizer.run()
         return result
@@ -228,5 +230,3 @@ class _Quantizer:
                 ratio = torch.tensor(signal / noise)
                 detail["output_sqnr_db"] = round(float(10 * torch.log10(ratio)), 2)
         self.result.details.append(detail)
-
-

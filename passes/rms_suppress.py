@@ -29,7 +29,8 @@ class RmsSuppress(Pass):
     so that a row's int4 scale is wasted on it; the same channel of the activation carries the mean
     of the activations. Which columns dominate is measured, not assumed: columns are taken, largest
     first, while leaving them out shrinks the quantization scales (root mean square over rows of
-    the weights; range of the activations, if there is calibration data) by ``threshold`` each. ``y = W x`` becomes ``y = W' x + w_c x_c`` with column c of W' zero.
+    the weights; range of the activations, if there is calibration data) by ``threshold`` each.
+    ``y = W x`` becomes ``y = W' x + w_c x_c`` with column c of W' zero.
 
     Postcondition: split columns of the remaining weight are exactly zero.
     """
@@ -148,7 +149,9 @@ def _split(program: Program, node: fx.Node, value: fx.Node, columns: list[int]) 
     graph, kind = node.graph, tensor_type(value)
     picked = TensorType((*kind.shape[:-1], len(columns)), kind.dtype)
     with graph.inserting_after(node):
-        update = call(graph, torch.ops.mqc.rank_update.default, (node, None, None), tensor_type(node), node)
+        update = call(
+            graph, torch.ops.mqc.rank_update.default, (node, None, None), tensor_type(node), node
+        )
     node.replace_all_uses_with(update, delete_user_cb=lambda user: user is not update)
     with graph.inserting_before(update):
         index = get_param(program, graph, f"{base}.split_columns", torch.tensor(columns))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mqc.calib.walk import Sample
 
 _mqc = torch.ops.mqc
-_INTEGER = {
+_INTEGER: dict[Any, Any] = {
     _mqc.linear_w4a16.default: _mqc.linear_w4a8.default,
     _mqc.linear_w8a16.default: _mqc.linear_w8a8.default,
 }
@@ -147,9 +147,7 @@ class _Scaler:
         )
         return integers
 
-    def _observe(
-        self, value: fx.Node, values: Values, modality: fx.Node | None
-    ) -> list[float]:
+    def _observe(self, value: fx.Node, values: Values, modality: fx.Node | None) -> list[float]:
         count = 1 if modality is None else len(Modality)
         observers = [self._observer() for _ in range(count)]
         rows = [0] * count

@@ -129,13 +129,9 @@ def _decoder(hidden: int, vocab: int) -> Component:
     picked = _f32("batch", "rows", hidden)
     x = b.input("inputs_embeds", stream)
     rows = b.input("logit_index", index)
-    mixed = b.call(
-        aten.linear.default, x, b.param("mix.weight"), b.param("mix.bias"), kind=stream
-    )
+    mixed = b.call(aten.linear.default, x, b.param("mix.weight"), b.param("mix.bias"), kind=stream)
     first = b.call(aten.add.Tensor, x, mixed, kind=stream)
-    norm = b.call(
-        aten.rms_norm.default, first, [hidden], b.param("norm.weight"), 1e-6, kind=stream
-    )
+    norm = b.call(aten.rms_norm.default, first, [hidden], b.param("norm.weight"), 1e-6, kind=stream)
     gate = b.call(aten.linear.default, norm, b.param("gate.weight"), kind=wide)
     active = b.call(aten.silu.default, gate, kind=wide)
     up = b.call(aten.linear.default, norm, b.param("up.weight"), kind=wide)
@@ -145,7 +141,9 @@ def _decoder(hidden: int, vocab: int) -> Component:
     last = b.call(
         aten.rms_norm.default, second, [hidden], b.param("last.weight"), 1e-6, kind=stream
     )
-    lined = b.call(aten.unsqueeze.default, rows, 2, kind=TensorType(("batch", "rows", 1), torch.int64))
+    lined = b.call(
+        aten.unsqueeze.default, rows, 2, kind=TensorType(("batch", "rows", 1), torch.int64)
+    )
     spread = b.call(
         aten.expand.default,
         lined,

@@ -58,12 +58,12 @@ def find_attention(program: Program) -> list[ValueOutputPair | Unpaired]:
         for node in component.graph.find_nodes(op="call_function", target=SDPA):
             try:
                 found.append(_pair(component, node, sizes))
-            except _Reason as reason:
+            except _UnpairedError as reason:
                 found.append(Unpaired(component.name, node, str(reason)))
     return found
 
 
-class _Reason(Exception):
+class _UnpairedError(Exception):
     """Why an attention cannot be paired."""
 
 
@@ -88,7 +88,7 @@ def _pair(component: Component, node: fx.Node, sizes: dict[str, int]) -> ValueOu
     if not bool((order == order[:1]).all()) or sorted(order[0].tolist()) != list(
         range(heads * width)
     ):
-        raise _Reason("the output projection does not read whole heads of one token")
+        raise _UnpairedError("the output projection does not read whole heads of one token")
     inverse = torch.argsort(order[0]).reshape(heads, width)
     return ValueOutputPair(component.name, node, source, sink, rows, inverse)
 
@@ -108,9 +108,9 @@ def _walk_back(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             path.append(node)
             stack += [n for n in node.all_input_nodes if not isinstance(n.meta.get("type"), str)]
         elif node.op != "placeholder":
-            raise _Reason(f"the values pass through {node.target}")
+            raise _UnpairedError(f"the values pass through {node.target}")
     if len(sources) != 1:
-        raise _Reason(f"the values come from {len(sources)} linears")
+        raise _UnpairedError(f"the values come from {len(sources)} linears")
     return sources[0], path
 
 
@@ -125,9 +125,9 @@ def _walk_forward(node: fx.Node) -> fx.Node:
         elif is_view(user):
             stack += list(user.users)
         elif user.target != aten.sym_size.int:
-            raise _Reason(f"the output passes through {user.target}")
+            raise _UnpairedError(f"the output passes through {user.target}")
     if len(set(sinks)) != 1:
-        raise _Reason(f"{len(set(sinks))} linears read the output")
+        raise _UnpairedError(f"{len(set(sinks))} linears read the output")
     return sinks[0]
 
 
@@ -135,10 +135,10 @@ def _per_head(indices: torch.Tensor, what: str) -> torch.Tensor:
     """[1, heads, tokens, head_dim] indices, equal for every token, as unique [heads, head_dim]."""
     heads = indices.reshape(-1, *indices.shape[-3:])[0]
     if heads.shape[1] == 0 or not bool((heads == heads[:, :1]).all()) or bool((heads < 0).any()):
-        raise _Reason(f"the {what} heads are not whole slices of one linear")
+        raise _UnpairedError(f"the {what} heads are not whole slices of one linear")
     rows: torch.Tensor = torch.unique(heads[:, 0], dim=0)
     if len(set(rows.flatten().tolist())) != rows.numel():
-        raise _Reason(f"the {what} heads overlap")
+        raise _UnpairedError(f"the {what} heads overlap")
     return rows
 
 
@@ -146,16 +146,18 @@ def _check_private(
     component: Component, trace: IndexTrace, path: list[fx.Node], rows: set[int]
 ) -> None:
     """Nothing but this attention (and the cache) may read the value rows."""
-    caches = {component.output_value(p.name) for p in component.outputs if p.axis("key") is not None}
+    caches = {
+        component.output_value(p.name) for p in component.outputs if p.axis("key") is not None
+    }
     known = set(path)
     stack = [(node, user) for node in path for user in node.users if user not in known]
     while stack:
         node, user = stack.pop()
-        if user.target in (SDPA, aten.sym_size.int) or user.op == "output" and node in caches:
+        if user.target in (SDPA, aten.sym_size.int) or (user.op == "output" and node in caches):
             continue
         if is_view(user):
             if user not in known and channels_of(trace.get(user)) & rows:
                 known.add(user)
                 stack += [(user, other) for other in user.users if other not in known]
         elif channels_of(trace.get(node)) & rows:
-            raise _Reason(f"the values are also read by {user.target}")
+            raise _UnpairedError(f"the values are also read by {user.target}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 from mqc.ir.edit import argument, aten, is_tensor, tensor_type
+
+Place = tuple[int, int]
+"""Axis (negative) and blocks."""
+
+Move = Callable[[fx.Node, Sequence[Any], int, int], Place | None]
+"""``(node, shape before, place of the axis, blocks) -> new place``."""
 
 _ELEMENTWISE_KEEP = (
     aten.mul.Scalar,
@@ -18,7 +24,7 @@ _ELEMENTWISE_KEEP = (
 )
 
 
-def move_axis(node: fx.Node, axis: int, blocks: int) -> tuple[int, int] | None:
+def move_axis(node: fx.Node, axis: int, blocks: int) -> Place | None:
     """Where ``node`` takes the axis ``axis`` (negative) of its first argument.
 
     Returns ``(axis, blocks)`` in the output (``blocks`` grows when neighbours are concatenated
@@ -44,25 +50,19 @@ def _dim(node: fx.Node, index: int, rank: int, default: int = 0) -> int:
     return (default if value is None else int(value)) % rank
 
 
-def _transpose(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _transpose(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     rank = len(before)
     one, two = _dim(node, 1, rank), _dim(node, 2, rank)
     return {one: two, two: one}.get(place, place) - rank, blocks
 
 
-def _permute(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _permute(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     order = argument(node, 1)
     rank = len(before)
     return [int(dim) % rank for dim in order].index(place) - rank, blocks
 
 
-def _reshape(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _reshape(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     after = tensor_type(node).shape
     rank = len(before)
     size = before[place]
@@ -86,17 +86,13 @@ def _reshape(
     return None
 
 
-def _unsqueeze(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _unsqueeze(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     rank = len(before) + 1
     dim = _dim(node, 1, rank)
     return (place + 1 if dim <= place else place) - rank, blocks
 
 
-def _drop_dim(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _drop_dim(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     """``select`` and ``squeeze(dim)``: one other axis goes away."""
     rank = len(before)
     dim = _dim(node, 1, rank)
@@ -107,29 +103,23 @@ def _drop_dim(
     return (place - 1 if dim < place else place) - (rank - 1), blocks
 
 
-def _unless_dim(index: int) -> Any:
+def _unless_dim(index: int) -> Move:
     """Operators that work along one axis (slice, flip, roll): fine unless it is this one."""
 
-    def rule(
-        node: fx.Node, before: Sequence[Any], place: int, blocks: int
-    ) -> tuple[int, int] | None:
+    def rule(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
         rank = len(before)
         return None if _dim(node, index, rank) == place else (place - rank, blocks)
 
     return rule
 
 
-def _same_rank(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _same_rank(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     after = tensor_type(node).shape
     axis = place - len(before)
     return (axis, blocks) if after[axis] == before[place] else None
 
 
-def _index(
-    node: fx.Node, before: Sequence[Any], place: int, blocks: int
-) -> tuple[int, int] | None:
+def _index(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
     """``index.Tensor`` picks rows; the last axis stays if it is not indexed."""
     indices = argument(node, 1)
     if place == len(before) - 1 and len(indices) <= place:
@@ -137,7 +127,7 @@ def _index(
     return None
 
 
-_MOVES: dict[Any, Any] = {
+_MOVES: dict[Any, Move] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.reshape.default: _reshape,

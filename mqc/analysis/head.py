@@ -9,8 +9,6 @@ from mqc.ir import Component
 from mqc.ir.edit import aten
 
 
-
-
 def find_head(component: Component) -> fx.Node | None:
     """The linear that gives a component's output whose rows the host asks for, or None."""
     for port in component.outputs:

@@ -54,7 +54,7 @@ def find_feed_forward(program: Program) -> list[FeedForward]:
 
 
 def _sources(down: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], bool]:
-    """Linears behind ``down``'s input through pointwise operators; empty if anything else is met."""
+    """Linears behind ``down``'s input through pointwise operators; none if anything else is met."""
     start = down.args[0]
     assert isinstance(start, fx.Node)
     width = tensor_type(start).shape[-1]

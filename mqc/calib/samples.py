@@ -16,7 +16,9 @@ from mqc.host.prompt import Prompt
 from mqc.ir import Program
 
 
-def component_samples(program: Program, prompts: Sequence[Prompt] | None, name: str) -> list[Sample]:
+def component_samples(
+    program: Program, prompts: Sequence[Prompt] | None, name: str
+) -> list[Sample]:
     """Inputs of component ``name`` for every prompt, one sample a call.
 
     The decoder's inputs come from the program's own vision component, quantized or not as it

@@ -72,9 +72,8 @@ class _Walker:
             results = []
             with torch.inference_mode():
                 for index in range(self.count):
-                    args, kwargs = fx.map_arg(
-                        (node.args, node.kwargs), lambda value, at=index: inputs[value][at]
-                    )
+                    now = {value: each[index] for value, each in inputs.items()}
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), now.__getitem__)
                     results.append(node.target(*args, **kwargs))
             self.values[node] = results
         for value in node.all_input_nodes:

@@ -60,9 +60,9 @@ COMPUTE_OPS = frozenset(
     for name in (
         "linear.default matmul.default bmm.default mm.default addmm.default "
         "conv1d.default conv2d.default conv3d.default rms_norm.default layer_norm.default "
-        "scaled_dot_product_attention.default softmax.int _softmax.default mean.dim sum.dim_IntList "
-        "amax.default any.dim all.dim avg_pool2d.default adaptive_avg_pool2d.default "
-        "upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
+        "scaled_dot_product_attention.default softmax.int _softmax.default mean.dim "
+        "sum.dim_IntList amax.default any.dim all.dim avg_pool2d.default "
+        "adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
     ).split()
 )
 SIZE_OPS = frozenset(
@@ -96,7 +96,7 @@ _SHARED = VIEW_OPS | INDEX_OPS | POINTWISE_OPS | CREATE_OPS | COMPUTE_OPS | SIZE
 
 @dataclass(frozen=True)
 class Dialect:
-    """A named table: all operators, or only ``legal`` ones, may occur, but never ``banned`` ones."""
+    """A table: all operators, or only ``legal`` ones, may occur, but never ``banned`` ones."""
 
     name: str
     legal: frozenset[str] | None = None

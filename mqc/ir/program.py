@@ -30,9 +30,7 @@ class Link:
 class Component:
     """One graph: flat placeholders named as ``inputs``, one output node with a flat tuple."""
 
-    def __init__(
-        self, name: str, graph: fx.Graph, inputs: list[Port], outputs: list[Port]
-    ) -> None:
+    def __init__(self, name: str, graph: fx.Graph, inputs: list[Port], outputs: list[Port]) -> None:
         self.name = name
         self.graph = graph
         self.inputs = inputs
@@ -49,11 +47,14 @@ class Component:
 
     def placeholder(self, name: str) -> fx.Node:
         """The placeholder node of input ``name``."""
-        return next(n for n in self.graph.find_nodes(op="placeholder") if n.target == name)
+        nodes = self.graph.find_nodes(op="placeholder")
+        found: fx.Node = next(node for node in nodes if node.target == name)
+        return found
 
     @property
     def output_node(self) -> fx.Node:
-        return self.graph.output_node()
+        node: fx.Node = self.graph.output_node()
+        return node
 
     def output_value(self, name: str) -> fx.Node:
         """The node whose value is output ``name``."""

@@ -35,7 +35,7 @@ _NAMED = {
 
 
 def target_name(target: Any) -> str:
-    """Stable name of a call target: ``aten.linear.default``, ``operator.add``, ``torch.sym_max``."""
+    """Stable name of a target: ``aten.linear.default``, ``operator.add``, ``torch.sym_max``."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     module = getattr(target, "__module__", None)

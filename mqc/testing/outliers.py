@@ -88,7 +88,11 @@ class _Injector:
             down = self._own(pair.down, 1)
             for up in pair.scalable:
                 weight, bias = self._own(up, 1), self._own(up, 2)
-                if down is None or weight is None or (argument(up, 2) is not None) != (bias is not None):
+                if (
+                    down is None
+                    or weight is None
+                    or (argument(up, 2) is not None) != (bias is not None)
+                ):
                     continue
                 picked = self._pick(weight.shape[0])
                 weight[picked] *= self.factor

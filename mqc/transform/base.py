@@ -33,7 +33,8 @@ class Skip:
 class PassContext:
     """What passes may use besides the program.
 
-    ``calibration`` holds prepared prompts (:class:`mqc.host.prompt.Prompt`). ``limit`` bounds the number of rewrites over all passes, to bisect for the one that breaks
+    ``calibration`` holds prepared prompts (:class:`mqc.host.prompt.Prompt`). ``limit`` bounds the
+    number of rewrites over all passes, to bisect for the one that breaks
     numerics: every rewrite first asks :meth:`take`.
     """
 

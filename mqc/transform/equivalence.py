@@ -41,9 +41,7 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
         for link in program.links
         if link.target[0] == "decoder" and link.source[0] != "embed"
     ]
-    ids = torch.randint(
-        0, int(program.facts["vocab_size"]), (1, 2 * text + 1), generator=generator
-    )
+    ids = torch.randint(0, int(program.facts["vocab_size"]), (1, 2 * text + 1), generator=generator)
     rows = program.module("embed")(ids)[0][0]
     embeds = torch.cat([rows[:text], *visual, rows[text : 2 * text]])[None]
     is_visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)

@@ -50,9 +50,10 @@ class PassManager:
     """Runs ``passes`` in order on a copy of a program.
 
     ``verify_each``: after every pass that declares ``preserves``, compare with the program before
-    it, end to end. The comparison runs the pass on a float64 copy of the program, so that it sees the
-    rewrite and not the rounding of stored weights. ``dump_after``: names of passes (or ``"all"``) after which ``dump``
-    gets the program's text. The structural verifier runs after every pass in any case.
+    it, end to end. The comparison runs the pass on a float64 copy of the program, so that it sees
+    the rewrite and not the rounding of stored weights. ``dump_after``: names of passes (or
+    ``"all"``) after which ``dump`` gets the program's text. The structural verifier runs after
+    every pass in any case.
     """
 
     passes: Sequence[Pass]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from programs import NAMES, Builder, prepared, tiny_program
 
 from mqc.analysis.attention import Unpaired, ValueOutputPair, find_attention
 from mqc.analysis.flow import ChannelFlow
@@ -14,7 +15,6 @@ from mqc.analysis.modality import MIXED, TEXT, VISUAL, find_domains
 from mqc.analysis.streams import find_free_groups, find_streams
 from mqc.ir import TensorType
 from mqc.ir.edit import aten
-from programs import NAMES, Builder, prepared, tiny_program
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +58,13 @@ def test_fused_qkv_rows_are_the_last_third() -> None:
 def test_attention_with_a_gate_is_refused_with_a_reason() -> None:
     program = prepared("llava", "canonicalize").copy()
     decoder = program.components["decoder"]
-    node = next(iter(decoder.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)))
+    node = next(
+        iter(
+            decoder.graph.find_nodes(
+                op="call_function", target=aten.scaled_dot_product_attention.default
+            )
+        )
+    )
     with decoder.graph.inserting_after(node):
         gated = decoder.graph.call_function(aten.sigmoid.default, (node,))
     gated.meta = dict(node.meta)
@@ -116,8 +122,12 @@ def test_free_groups_need_a_norm_and_no_barrier() -> None:
 def test_index_trace_follows_views() -> None:
     b = Builder()
     x = b.input("x", TensorType(("batch", 6), torch.float32))
-    split = b.call(aten.reshape.default, x, [-1, 2, 3], kind=TensorType(("batch", 2, 3), torch.float32))
-    turned = b.call(aten.transpose.int, split, 1, 2, kind=TensorType(("batch", 3, 2), torch.float32))
+    split = b.call(
+        aten.reshape.default, x, [-1, 2, 3], kind=TensorType(("batch", 2, 3), torch.float32)
+    )
+    turned = b.call(
+        aten.transpose.int, split, 1, 2, kind=TensorType(("batch", 3, 2), torch.float32)
+    )
     trace = IndexTrace({"batch": 1})
     trace.seed_channels(x)
     assert trace.get(turned).tolist() == [[[0, 3], [1, 4], [2, 5]]]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import NAMES, captured, tiny_program
 
 from mqc.errors import ArtifactError, VerificationError
 from mqc.ir import ParamStore, TensorType, format_program, load_program, save_program, verify
 from mqc.ir.serialize import resolve_target, target_name
 from mqc.ir.symbols import ExampleSizes, evaluate
 from mqc.transform.equivalence import end_to_end_error
-from programs import NAMES, captured, tiny_program
 
 
 def test_params_load_lazily_and_once() -> None:

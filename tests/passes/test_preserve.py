@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from programs import NAMES, captured
 
 from mqc.ir.edit import aten
 from mqc.passes.aifs_reorder import AifsReorder
@@ -16,7 +17,6 @@ from mqc.passes.modality_split import ModalitySplit
 from mqc.passes.rms_suppress import RmsSuppress
 from mqc.transform import PassContext, PassManager
 from mqc.transform.equivalence import end_to_end_error
-from programs import NAMES, captured
 
 
 @pytest.mark.parametrize("name", NAMES)

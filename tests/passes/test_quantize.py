@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import NAMES, conversations, program, runnable
 
 from mqc.calib.samples import component_samples
 from mqc.calib.walk import walk
@@ -24,7 +25,6 @@ from mqc.pipeline import default_passes
 from mqc.spec import ActivationSpec, ComponentScheme, Scheme, WeightSpec, named_scheme
 from mqc.testing import vqa
 from mqc.transform import PassContext, PassManager
-from tiny import NAMES, conversations, program, runnable
 
 _mqc = torch.ops.mqc
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import prepared
 
 from mqc.ir.edit import aten
 from mqc.numerics.hadamard import apply_hadamard
 from mqc.passes.rms_suppress import MAX_COLUMNS, RmsSuppress
 from mqc.transform import PassContext, PassManager
 from mqc.transform.equivalence import end_to_end_error
-from programs import prepared
 
 
 def test_finds_the_mean_column_of_a_rotated_weight() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from programs import tiny_program
 
 from mqc.errors import PassPostconditionError, PassPreconditionError, UsageError
 from mqc.ir import Program
 from mqc.ir.edit import aten, set_param
 from mqc.transform import Pass, PassContext, PassManager, PassResult, Skip
-from programs import tiny_program
 
 
 class Scale(Pass):
