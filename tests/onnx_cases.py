@@ -82,7 +82,7 @@ def actual(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     assert left.shape == right.shape
-    return float((left - right).abs().max() / right.abs().max())
+    return float((left - right).abs().max() / right.abs().max().clamp_min(1e-30))
 
 
 # ---- quantizing by hand ------------------------------------------------------------------------
