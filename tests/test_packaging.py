@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,47 @@ def test_public_names_resolve() -> None:
 def test_capture_is_callable_and_a_package(first: str) -> None:
     code = f"import mqc; {first}; from mqc.capture import probe; assert callable(mqc.capture)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_mapped_rooms_and_their_data(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    skip = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "out", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(tree)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"mqc/{name.replace('.', '/')}" for name in ("passes", "backends.onnx", "cuda")}
+    assert {f"{folder}/__init__.py" for folder in expected} <= names
+    data = ["py.typed", "commands/demo.png", "recipes/rtn-static.yaml"]
+    data += [f"models/tiny-qwen2-vl/{name}" for name in ("model.safetensors", "config.json")]
+    assert {f"mqc/{name}" for name in data} <= names
+    assert not [name for name in names if name.startswith(("passes", "backends", "tests", "tools"))]
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_first() -> None:
+    """One process loads the libraries; each module is imported in a fork of it."""
+    names = [f"mqc.{name}" if name else "mqc" for name, _ in modules()]
+    code = (
+        "import os, sys, torch, onnx, onnxscript, onnxruntime, importlib\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer\n"
+        "from transformers import PROCESSOR_MAPPING, GenerationConfig, PreTrainedModel\n"
+        "import torch._dynamo, torch.export, torch.fx.experimental.symbolic_shapes\n"
+        "bad = []\n"
+        "for name in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        importlib.import_module(name)\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(child, 0)[1]: bad.append(name)\n"
+        "print(bad)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr[-3000:]
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -157,9 +200,9 @@ def test_backends_do_not_import_each_other() -> None:
     wrong = []
     for name, target in all_imports():
         here, there = (value.split(".")[1:2] for value in (name, target))
-        if name.startswith("backends.") and target.startswith("backends.") and here != there:
-            if here[0] in own and there[0] in own:
-                wrong.append(f"mqc.{name} imports mqc.{target}")
+        both = name.startswith("backends.") and target.startswith("backends.")
+        if both and here != there and {*here, *there} <= own:
+            wrong.append(f"mqc.{name} imports mqc.{target}")
     assert not wrong, "\n".join(wrong)
 
 
