@@ -1,8 +1,12 @@
-"""Shared by all tests: GPU tests are skipped where no GPU is."""
+"""Shared by all tests: options; GPU tests are skipped where no GPU is."""
 
 from __future__ import annotations
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

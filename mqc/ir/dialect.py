@@ -62,7 +62,8 @@ COMPUTE_OPS = frozenset(
         "conv1d.default conv2d.default conv3d.default rms_norm.default layer_norm.default "
         "scaled_dot_product_attention.default softmax.int _softmax.default mean.dim "
         "sum.dim_IntList amax.default any.dim all.dim avg_pool2d.default "
-        "adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
+        "adaptive_avg_pool2d.default "
+        "upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
     ).split()
 )
 SIZE_OPS = frozenset(

@@ -1,0 +1,154 @@
+"""Checkpoint to answer through the command line and the API, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import conversations
+
+import mqc
+from mqc.cli import main
+from mqc.host import score
+from mqc.models import embedded_model_path
+from mqc.testing import vqa
+
+MODEL = "tiny-llava"
+
+
+@cache
+def compiled(target: str, copy: int = 0) -> Path:
+    """An artifact of the default scheme; ``copy`` distinguishes compiles of the same thing."""
+    out = Path(mkdtemp()) / f"artifact-{target}-{copy}"
+    mqc.compile(MODEL, target=target, samples=16, out=out)
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_equal_compiles_give_equal_bytes() -> None:
+    one, two = files(compiled("onnx")), files(compiled("onnx", copy=1))
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def test_onnx_answers_as_the_reference() -> None:
+    reference, onnx = mqc.load(compiled("reference")), mqc.load(compiled("onnx"))
+    for messages in conversations().values():
+        expected = reference.generate(messages, max_new_tokens=6)
+        actual = onnx.generate(messages, max_new_tokens=6)
+        assert actual.tokens == expected.tokens
+    for index in range(4):
+        row = vqa.sample("evaluation", index)
+        item = reference.eval_item(vqa.messages(row), row.answer)
+        ((one,), (two,)) = (list(score(model.engine, [item])) for model in (reference, onnx))
+        largest = one.log_probs.abs().max()
+        assert float((one.log_probs - two.log_probs).abs().max() / largest) <= 1e-4
+
+
+def test_three_images_and_none() -> None:
+    model = mqc.load(compiled("onnx"))
+    picture = vqa.sample("evaluation", 0).image
+    assert model.generate(prompt="how many ?", images=[picture] * 3, max_new_tokens=2).tokens
+    assert model.generate(prompt="what is red ?", max_new_tokens=2).tokens
+
+
+def test_evaluation_refuses_calibration_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = str(compiled("onnx"))
+    code = main(["eval", artifact, "--data", "tiny-vqa:calibration:4", "--n", "4"])
+    assert code == 1
+    assert "calibration" in capsys.readouterr().err
+    code = main(["eval", artifact, "--n", "4", "--json"])
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 4
+
+
+def test_inspect_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(compiled("onnx")), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    decoder = [layer for layer in layers if layer["component"] == "decoder"]
+    assert len(decoder) == 28
+    assert all(layer["bits"] == 4 for layer in decoder)
+    assert all(set(layer["scales"]) == {"text", "visual"} for layer in decoder)
+    assert all(layer["weight_sqnr_db"] > 10 for layer in decoder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(embedded_model_path(MODEL), folder)
+    return folder
+
+
+def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = main(args)
+    return code, capsys.readouterr().err
+
+
+def compile_args(folder: Path, out: Path) -> list[str]:
+    data = ["--calibration", "tiny-vqa:calibration:8"]
+    return ["compile", str(folder), "--target", "reference", *data, "--out", str(out)]
+
+
+def test_nan_weight(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(key for key in weights if "layers.2.mlp.up_proj" in key)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    assert code == 1 and "up_proj" in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    assert code == 1 and "model.safetensors" in text and "Traceback" not in text
+
+
+def test_missing_tokenizer(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    assert code == 1 and "tokenizer" in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_calibration(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    args = ["compile", str(checkpoint), "--calibration", str(tmp_path / "empty")]
+    code, text = run([*args, "--target", "reference", "--out", str(tmp_path / "out")], capsys)
+    assert code == 1 and "empty" in text and "Traceback" not in text
+
+
+def test_ctrl_c_leaves_nothing_and_the_next_run_works(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    args = ["--target", "reference", "--set", "weights.method=rtn", "--samples", "8"]
+    command = [sys.executable, "-m", "mqc", "compile", MODEL, *args, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (out / "manifest.json").is_file() and len(list(tmp_path.iterdir())) == 1
