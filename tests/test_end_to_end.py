@@ -11,14 +11,14 @@ import time
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import conversations
+from typer.testing import CliRunner
 
 import mqc
-from mqc.cli import main
+from mqc.cli import app
 from mqc.host import score
 from mqc.models import embedded_model_path
 from mqc.testing import vqa
@@ -40,6 +40,12 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def run(args: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``mqc`` with ``args``."""
+    result = CliRunner().invoke(app, args)
+    return result.exit_code, result.stdout, result.stderr
 
 
 def test_equal_compiles_give_equal_bytes() -> None:
@@ -69,19 +75,18 @@ def test_three_images_and_none() -> None:
     assert model.generate(prompt="what is red ?", max_new_tokens=2).tokens
 
 
-def test_evaluation_refuses_calibration_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_refuses_calibration_rows() -> None:
     artifact = str(compiled("onnx"))
-    code = main(["eval", artifact, "--data", "tiny-vqa:calibration:4", "--n", "4"])
-    assert code == 1
-    assert "calibration" in capsys.readouterr().err
-    code = main(["eval", artifact, "--n", "4", "--json"])
+    code, _, text = run(["eval", artifact, "--data", "tiny-vqa:calibration:4", "--n", "4"])
+    assert code == 1 and "calibration" in text
+    code, out, _ = run(["eval", artifact, "--n", "4", "--json"])
+    assert code == 0 and json.loads(out)["rows"] == 4
+
+
+def test_inspect_shows_every_layer() -> None:
+    code, out, _ = run(["inspect", str(compiled("onnx")), "--json"])
+    layers = json.loads(out)["layers"]
     assert code == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 4
-
-
-def test_inspect_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(compiled("onnx")), "--json"]) == 0
-    layers = json.loads(capsys.readouterr().out)["layers"]
     decoder = [layer for layer in layers if layer["component"] == "decoder"]
     assert len(decoder) == 28
     assert all(layer["bits"] == 4 for layer in decoder)
@@ -96,45 +101,40 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    code = main(args)
-    return code, capsys.readouterr().err
-
-
 def compile_args(folder: Path, out: Path) -> list[str]:
     data = ["--calibration", "tiny-vqa:calibration:8"]
     return ["compile", str(folder), "--target", "reference", *data, "--out", str(out)]
 
 
-def test_nan_weight(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_nan_weight(checkpoint: Path, tmp_path: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     name = next(key for key in weights if "layers.2.mlp.up_proj" in key)
     weights[name][0, 0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    code, _, text = run(compile_args(checkpoint, tmp_path / "out"))
     assert code == 1 and "up_proj" in text and "Traceback" not in text
     assert not (tmp_path / "out").exists()
 
 
-def test_truncated_weights(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_truncated_weights(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
-    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    code, _, text = run(compile_args(checkpoint, tmp_path / "out"))
     assert code == 1 and "model.safetensors" in text and "Traceback" not in text
 
 
-def test_missing_tokenizer(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_missing_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
-    code, text = run(compile_args(checkpoint, tmp_path / "out"), capsys)
+    code, _, text = run(compile_args(checkpoint, tmp_path / "out"))
     assert code == 1 and "tokenizer" in text and "Traceback" not in text
     assert not (tmp_path / "out").exists()
 
 
-def test_empty_calibration(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_empty_calibration(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     args = ["compile", str(checkpoint), "--calibration", str(tmp_path / "empty")]
-    code, text = run([*args, "--target", "reference", "--out", str(tmp_path / "out")], capsys)
+    code, _, text = run([*args, "--target", "reference", "--out", str(tmp_path / "out")])
     assert code == 1 and "empty" in text and "Traceback" not in text
 
 

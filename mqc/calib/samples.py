@@ -13,13 +13,13 @@ from mqc.host.batch import make_batch
 from mqc.host.engine import Cache, merge, read
 from mqc.host.program_engine import ProgramEngine
 from mqc.host.prompt import Prompt
-from mqc.ir import Program
+from mqc.ir import Component, Program
 
 
 def component_samples(
     program: Program, prompts: Sequence[Prompt] | None, name: str
 ) -> list[Sample]:
-    """Inputs of component ``name`` for every prompt, one sample a call.
+    """Inputs of component ``name`` for every prompt; calls of equal shape are batched.
 
     The decoder's inputs come from the program's own vision component, quantized or not as it
     stands. Logits are asked for text rows, where a model is asked to go on.
@@ -48,7 +48,33 @@ def component_samples(
             f"no calibration sample reaches component {name!r}",
             hint="use samples with images: static scales of visual values need them",
         )
-    return samples
+    return _batched(program.components[name], samples)
+
+
+BATCH = 32
+"""Most calls that are joined into one sample."""
+
+
+def _batched(component: Component, samples: Sequence[Sample]) -> list[Sample]:
+    """Join samples of equal shapes along the axis that counts them, up to :data:`BATCH`.
+
+    A component without such an axis for every input (a tower of a variable grid) takes one call
+    at a time.
+    """
+    axes = {}
+    for port in component.inputs:
+        axis = next((port.axes.index(r) for r in ("batch", "image") if r in port.axes), None)
+        if axis is None:
+            return list(samples)
+        axes[port.name] = axis
+    groups: dict[tuple[tuple[int, ...], ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(tuple(sample[name].shape) for name in axes), []).append(sample)
+    return [
+        {name: torch.cat([sample[name] for sample in part], axis) for name, axis in axes.items()}
+        for group in groups.values()
+        for part in (group[at : at + BATCH] for at in range(0, len(group), BATCH))
+    ]
 
 
 def _cast(program: Program, name: str, inputs: Sample) -> Sample:

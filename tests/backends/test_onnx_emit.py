@@ -14,7 +14,10 @@ import torch
 from onnx_cases import LENGTHS, actual, expected, float_program, inputs_of, relative
 
 from mqc.backends.onnx.emit import emit
+from mqc.passes.aifs_reorder import AifsReorder
+from mqc.passes.modality_split import ModalitySplit
 from mqc.testing.families import FAMILIES
+from mqc.transform import PassContext
 
 FAMILY = "qwen2_vl"
 
@@ -114,6 +117,23 @@ def test_half_types_are_widened(tmp_path: Path) -> None:
     inputs = inputs_of(program.components["embed"], batch=1, tokens=5)
     (want,) = expected(program, "embed", inputs)
     assert torch.equal(actual(tmp_path / "embed.onnx", inputs)[0], want.float())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_reordered_decoder_equals_torch(family: str, tmp_path: Path) -> None:
+    program = float_program(family).copy()
+    for item in (ModalitySplit(), AifsReorder()):
+        program = item.run(program, PassContext()).program
+    assert program.facts["kv_order"] == "aifs"
+    emit(program, tmp_path)
+    for tokens, past in LENGTHS:
+        sizes = {"batch": 2, "tokens": tokens, "past": past, "rows": 2}
+        inputs = inputs_of(program.components["decoder"], **sizes)
+        visual = torch.rand(2, tokens, generator=torch.Generator().manual_seed(9)) < 0.5
+        inputs["modality"] = visual
+        results = actual(tmp_path / "decoder.onnx", inputs)
+        for got, want in zip(results, expected(program, "decoder", inputs), strict=True):
+            assert relative(got, want) <= 1e-5
 
 
 def test_progress_rises_to_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx_cases import (
@@ -24,7 +25,8 @@ from onnx_cases import w4a8 as w4a8_rewrite
 
 from mqc.backends.onnx.emit import emit
 from mqc.backends.onnx.lower import lower
-from mqc.ir import Program
+from mqc.ir import Port, Program
+from mqc.ir.edit import tensor_type
 from mqc.numerics.packing import pack_int4
 
 FAMILY = "llava"
@@ -34,29 +36,80 @@ FAMILY = "llava"
 def emitted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Program, Path]:
-    """Decoder W4A8 by modality, vision W8A8."""
+    """Decoder W4A8 by modality, vision W8A8; quantized activations are outputs too."""
     program = quantize(float_program(FAMILY), "decoder", request.param, w4a8_rewrite)
-    program = quantize(program, "vision", None, w8a8)
+    program = with_probes(quantize(program, "vision", None, w8a8))
     folder = tmp_path_factory.mktemp("quantized")
     emit(program, folder)
     return program, folder
 
 
+def with_probes(program: Program) -> Program:
+    """Every quantized activation becomes an output."""
+    for component in program:
+        values = list(component.output_node.args[0])  # type: ignore[arg-type]
+        for node in component.graph.find_nodes(
+            op="call_function", target=ops.quantize_static.default
+        ):
+            values.append(node)
+            kind = tensor_type(node)
+            component.outputs.append(Port(node.name, kind, (None,) * kind.rank))
+        component.output_node.args = (tuple(values),)
+    return program
+
+
+def compare(program: Program, name: str, folder: Path, inputs: dict[str, torch.Tensor]) -> None:
+    """Integers are equal and floats are within 1e-4, unless a rounding tips.
+
+    Float operators sum in another order than torch's, so once in a great while a value falls on
+    the other side of a rounding; what follows differs by what one step of int8 makes.
+    """
+    got = actual(folder / f"{name}.onnx", inputs)
+    pairs = list(
+        zip(program.components[name].outputs, got, expected(program, name, inputs), strict=True)
+    )
+    tipped = False
+    for port, found, want in pairs:
+        if want.dtype == torch.int8 and not tipped:
+            distance = (found.int() - 128 - want.int()).abs()
+            tipped = bool(distance.any())
+            assert distance.max() <= 1, port.name
+            assert distance.bool().float().mean() <= 2e-3, port.name
+    for port, found, want in pairs:
+        if want.dtype != torch.int8:
+            assert relative(found, want) <= (0.1 if tipped else 1e-4), port.name
+
+
 @pytest.mark.parametrize(("tokens", "past"), LENGTHS)
 def test_decoder_equals_reference(emitted: tuple[Program, Path], tokens: int, past: int) -> None:
     program, folder = emitted
-    inputs = inputs_of(program.components["decoder"], batch=2, tokens=tokens, past=past, rows=2)
-    results = actual(folder / "decoder.onnx", inputs)
-    for got, want in zip(results, expected(program, "decoder", inputs), strict=True):
-        assert relative(got, want) <= 1e-4
+    sizes = {"batch": 2, "tokens": tokens, "past": past, "rows": 2}
+    compare(program, "decoder", folder, inputs_of(program.components["decoder"], **sizes))
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_vision_equals_reference(emitted: tuple[Program, Path], count: int) -> None:
     program, folder = emitted
-    inputs = inputs_of(program.components["vision"], images=count)
-    (want,) = expected(program, "vision", inputs)
-    assert relative(actual(folder / "vision.onnx", inputs)[0], want) <= 1e-4
+    compare(program, "vision", folder, inputs_of(program.components["vision"], images=count))
+
+
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+def test_onnxruntime_computes_every_product_in_integers(
+    emitted: tuple[Program, Path], name: str, tmp_path: Path
+) -> None:
+    """A pattern that it does not fuse would dequantize both sides and multiply floats."""
+    program, folder = emitted
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    found = [node.op_type for node in model.graph.node]
+    graph = program.components[name].graph
+    linears = [n for n in graph.nodes if str(n.target).startswith("mqc.linear_w")]
+    assert found.count("MatMulIntegerToFloat") == len(linears) > 0
+    assert not {"DequantizeLinear", "MatMulInteger"} & set(found)
+    assert found.count("Range") <= 1  # the mask made of a count, once
 
 
 def test_weights_stay_packed(emitted: tuple[Program, Path]) -> None:
@@ -78,7 +131,7 @@ def test_activations_are_unsigned(emitted: tuple[Program, Path]) -> None:
     own = {node.op_type for node in model.graph.node if node.domain == "ai.mqc"}
     assert own == {function.name for function in model.functions}
     assert all("u8" in name.split("_") for name in own if name.startswith("QuantizeStatic"))
-    assert not any("s8" in name.split("_") for name in own)
+    assert not any({"s8", "count"} & set(name.split("_")) for name in own)
 
 
 def test_files_pass_the_full_check(emitted: tuple[Program, Path]) -> None:
