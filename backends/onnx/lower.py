@@ -1,8 +1,9 @@
 """The last rewrites before a program becomes ONNX, each for the sake of speed in onnxruntime.
 
 None changes what is computed: activations are quantized to the unsigned form (onnxruntime has no
-fast path for signed ones), weights of float linears are stored transposed (``MatMul`` takes them
-as they are), and keys and values repeated for grouped attention are repeated by the operator.
+fast path for signed ones), integer linears have a batch axis (without one it computes them in
+float), counts of visual rows become one shared mask, weights of float linears are stored transposed
+(``MatMul`` takes them as they are), and keys and values repeated for grouped attention are not.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 
+import mqc.ops  # noqa: F401  (registers the operators)
 from mqc.errors import TargetError
-from mqc.ir import Component, Program, TensorType
+from mqc.ir import SCALAR, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
 from mqc.ir.params import Loader, ParamStore
 
 aten = torch.ops.aten
 
+_INTEGER_LINEARS = (torch.ops.mqc.linear_w4a8.default, torch.ops.mqc.linear_w8a8.default)
+_MODALITY_READERS: dict[Any, int] = {
+    torch.ops.mqc.quantize_static.default: 2,
+    **dict.fromkeys(_INTEGER_LINEARS, 4),
+}
+"""Operator -> position of its argument ``modality``."""
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -34,9 +42,11 @@ def lower(program: Program) -> tuple[Program, dict[str, int]]:
             hint="convert it: program.to(torch.float32)",
         )
     result = program.copy() if program.dtype == torch.float32 else program.to(torch.float32)
-    counts = {"unsigned": 0, "transposed": 0, "grouped": 0}
+    counts = {"unsigned": 0, "batched": 0, "masks": 0, "transposed": 0, "grouped": 0}
     for component in result:
         counts["unsigned"] += _unsigned_activations(component)
+        counts["batched"] += _batch_products(component)
+        counts["masks"] += _share_row_masks(component)
         counts["transposed"] += _transpose_weights(component, result.params)
         counts["grouped"] += _group_attention(component)
     eliminate_dead_code(result)
@@ -56,6 +66,12 @@ def _unsigned_activations(component: Component) -> int:
         for value in kinds:
             value.meta["type"] = tensor_type(value).with_dtype(torch.uint8)
         count += 1
+    values = component.output_node.args[0]
+    assert isinstance(values, (tuple, list))
+    component.outputs = [
+        Port(port.name, tensor_type(value), port.axes) if isinstance(value, fx.Node) else port
+        for port, value in zip(component.outputs, values, strict=True)
+    ]
     return count
 
 
@@ -70,6 +86,71 @@ def _views_of(node: fx.Node) -> list[fx.Node]:
                 found.append(user)
                 pending.append(user)
     return found
+
+
+def _batch_products(component: Component) -> int:
+    """Integer linears of a matrix [M, K] as linears of [1, M, K].
+
+    onnxruntime makes ``Gemm`` of a product of two matrices and a bias before it looks for integer
+    products, and computes that in float.
+    """
+    graph, count = component.graph, 0
+    for node in list(graph.nodes):
+        if node.target not in _INTEGER_LINEARS or tensor_type(node).rank != 2:
+            continue
+        args = list(node.args)
+        for index in (0, 6):  # xq, x_split
+            value = args[index] if index < len(args) else None
+            if value is not None:
+                kind = tensor_type(value)
+                with graph.inserting_before(node):
+                    batched = kind.with_shape(1, *kind.shape)
+                    args[index] = call(graph, aten.unsqueeze.default, (value, 0), batched, node)
+        flat = tensor_type(node)
+        with graph.inserting_before(node):
+            wide = call(graph, node.target, tuple(args), flat.with_shape(1, *flat.shape), node)
+            new = call(graph, aten.squeeze.dim, (wide, 0), flat, node)
+        replace(node, new)
+        count += 1
+    return count
+
+
+def _share_row_masks(component: Component) -> int:
+    """Counts of leading visual rows [batch] as masks [batch, tokens], made once for all readers.
+
+    onnxruntime looks scales up by row either way; a body that starts from a count makes the mask
+    again in every operator.
+    """
+    graph = component.graph
+    masks: dict[tuple[fx.Node, Any], fx.Node] = {}
+    found = 0
+    for node in list(graph.nodes):
+        place = _MODALITY_READERS.get(node.target)
+        count = node.args[place] if place is not None and place < len(node.args) else None
+        if not isinstance(count, fx.Node) or tensor_type(count).dtype != torch.int64:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        tokens = tensor_type(source).shape[1]
+        if (count, tokens) not in masks:
+            with graph.inserting_before(node):
+                masks[count, tokens] = _row_mask(graph, count, source, tokens)
+        node.update_arg(place, masks[count, tokens])
+        found += 1
+    return found
+
+
+def _row_mask(graph: fx.Graph, count: fx.Node, source: fx.Node, tokens: Any) -> fx.Node:
+    """bool [batch, tokens]: the first ``count[b]`` of each row's tokens."""
+    batch = tensor_type(count).shape[0]
+    kind = TensorType((tokens,), torch.int64)
+    size = tokens
+    if not isinstance(tokens, int):
+        size = call(graph, aten.sym_size.int, (source, 1), SCALAR, count)
+    steps = call(graph, aten.arange.default, (size,), kind, count)
+    column = call(graph, aten.unsqueeze.default, (count, 1), kind.with_shape(batch, 1), count)
+    mask = TensorType((batch, tokens), torch.bool)
+    return call(graph, aten.lt.Tensor, (steps, column), mask, count)
 
 
 def _transpose_weights(component: Component, params: ParamStore) -> int:
