@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
@@ -153,6 +154,32 @@ def tables(results: dict[str, Any], models: list[str], rows: int) -> str:
     return "\n\n".join(parts)
 
 
+def plot(results: dict[str, Any], models: list[str], rows: int, path: Path) -> None:
+    """Accuracy step by step, a panel a table, a line a model; float is the dashed line."""
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True, sharey=True)
+    combinations = [(bits, variant) for bits in (4, 3) for variant in VARIANTS]
+    for panel, (bits, variant) in zip(panels.flat, combinations, strict=True):
+        for model in models:
+            entries = [
+                results.get(Job(model, bits, variant, step, rows).key) for step in range(len(STEPS))
+            ]
+            points = [(at, 100 * e["accuracy"]) for at, e in enumerate(entries) if e is not None]
+            if not points:
+                continue
+            (line,) = panel.plot(*zip(*points, strict=True), marker="o", label=model)
+            exact = results.get(f"{model}/{FLOAT}/{rows}")
+            if exact is not None:
+                panel.axhline(100 * exact["accuracy"], color=line.get_color(), ls="--", lw=0.8)
+        panel.set_title(variant.replace("4", str(bits)))
+        panel.set_xticks(range(len(STEPS)), STEPS, rotation=25, ha="right", fontsize=8)
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("exact match, %")
+    panels[1, 0].set_ylabel("exact match, %")
+    panels[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "-"
@@ -169,6 +196,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rows", type=int, default=2000, help="evaluation samples")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--plot", type=Path, help="also draw the results, e.g. docs/accuracy.svg")
     parser.add_argument("--tables", action="store_true", help="only print stored results")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -193,6 +221,8 @@ def main() -> None:
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     print(tables(results, args.models, args.rows))
+    if args.plot is not None:
+        plot(results, args.models, args.rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ def capture(
     report("linking weights", 4, 5)
     params = link_weights(source, skeleton, imported)
     facts = model_facts(source)
+    tower = imported["vision"].component
+    facts["tiles"] = all(port.axes[:1] == ("image",) for port in tower.inputs)
     report("captured", 5, 5)
     return Program(
         {name: item.component for name, item in imported.items()},

@@ -77,6 +77,19 @@ class State:
     axes: tuple[int, ...]
 
 
+def see(engine: Engine, calls: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Rows of every vision call; a tower that takes tiles gets the tiles of all calls at once.
+
+    ``facts["tiles"]`` says that all inputs of the tower count tiles on their first axis, each
+    giving the same number of rows.
+    """
+    if not (calls and engine.facts.get("tiles")):
+        return [engine.vision(call) for call in calls]
+    counts = [next(iter(call.values())).shape[0] for call in calls]
+    rows = engine.vision({name: torch.cat([call[name] for call in calls]) for name in calls[0]})
+    return list(rows.split([count * (rows.shape[0] // sum(counts)) for count in counts]))
+
+
 def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tensor:
     """Embeddings [B, S, hidden] with the vision tower's rows in the visual places.
 
@@ -84,9 +97,10 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
     image tokens.
     """
     embeds = engine.embed(batch.input_ids).clone()
+    seen = iter(see(engine, [call for prompt in prompts for call in prompt.vision_calls]))
     for index, prompt in enumerate(prompts):
         wanted = int(prompt.visual_mask.sum())
-        pieces = [engine.vision(call) for call in prompt.vision_calls]
+        pieces = [next(seen) for _ in prompt.vision_calls]
         given = sum(piece.shape[0] for piece in pieces)
         if wanted != given:
             raise UsageError(
