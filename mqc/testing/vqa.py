@@ -2,8 +2,8 @@
 
 A scene is a grid of cells on a dark, noisy ground. A cell is empty or holds one coloured thing, a
 shape (circle, square, ...) or a character; things are moved, scaled and rotated a little. Questions
-ask what stands at a position, for a colour, a count, a row or column of characters, a position, or
-a neighbour; the answers are one to five words or characters.
+ask what stands at a position, for a colour, a character, the characters of a row or column, or a
+count; the answers are one to five words or characters.
 
 Everything follows from the split and an index: sample ``i`` of a split is the same on every
 machine, and no two splits share a random stream. Shapes and characters are drawn here from formulas
@@ -32,14 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (235, 235, 235),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring", "diamond")
-SIDES: dict[str, tuple[int, int]] = {
-    "left of": (0, -1),
-    "right of": (0, 1),
-    "above": (-1, 0),
-    "below": (1, 0),
-}
 NOTHING = "nothing"
-_PLURALS = {shape: shape + "es" if shape == "cross" else shape + "s" for shape in SHAPES}
 
 # Seven rows of five pixels a character, one row per two hexadecimal digits.
 _GLYPHS = {
@@ -73,6 +66,8 @@ _BITMAPS = {
     for character, rows in _GLYPHS.items()
 }
 _SUPERSAMPLING = 3
+CELL = 16
+"""Width and height of a cell in pixels."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +108,6 @@ class Scene:
         """Number of columns of cells."""
         return len(self.cells[0])
 
-    def things(self) -> list[tuple[int, int, Thing]]:
-        """(row, column, thing) for each cell that is not empty, in reading order, from zero."""
-        return [
-            (row, column, thing)
-            for row, cells in enumerate(self.cells)
-            for column, thing in enumerate(cells)
-            if thing is not None
-        ]
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -132,9 +118,9 @@ class Sample:
     answer: str
 
 
-def generator(split: Split, index: int) -> np.random.Generator:
-    """The random generator of one sample, a function of the split and the index alone."""
-    seed = np.random.SeedSequence([SPLITS.index(split), index])
+def generator(split: Split, index: int, questions: bool = False) -> np.random.Generator:
+    """The random generator of a sample's scene or of its questions: two streams of their own."""
+    seed = np.random.SeedSequence([SPLITS.index(split), index, *([1] if questions else [])])
     return np.random.Generator(np.random.PCG64(seed))
 
 
@@ -173,7 +159,7 @@ def _draw(pixels: NDArray[np.float32], row: int, column: int, grid: tuple[int, i
           rng: np.random.Generator) -> None:  # fmt: skip
     """Draw a thing into its cell of a (height, width, 3) float picture, in place."""
     high, wide = pixels.shape[0] / grid[0], pixels.shape[1] / grid[1]
-    half = min(high, wide) * rng.uniform(0.34, 0.44)
+    half = min(high, wide) * rng.uniform(0.36, 0.44)
     slack = np.array([high, wide]) / 2 - half
     middle = (np.array([row, column]) + 0.5) * (high, wide) + rng.uniform(-0.8, 0.8, 2) * slack
     angle = rng.uniform(-0.4, 0.4)
@@ -193,94 +179,69 @@ def _draw(pixels: NDArray[np.float32], row: int, column: int, grid: tuple[int, i
     window += cover * (colour.astype(np.float32) - window)
 
 
+def things(rng: np.random.Generator, grid: tuple[int, int]) -> list[Thing | None]:
+    """What the cells of a random scene hold, in reading order: the first that ``scene`` draws."""
+    kinds = rng.choice(3, size=grid, p=(0.25, 0.33, 0.42)).flat
+    shapes = rng.integers(len(SHAPES), size=grid).flat
+    characters = rng.integers(len(CHARACTERS), size=grid).flat
+    colours = rng.integers(len(COLOURS), size=grid).flat
+    names = tuple(COLOURS)
+    found: list[Thing | None] = []
+    for kind, shape, character, colour in zip(kinds, shapes, characters, colours, strict=True):
+        name = SHAPES[shape] if kind == 1 else CHARACTERS[character]
+        found.append(Thing(name, names[colour]) if kind else None)
+    return found
+
+
 def scene(rng: np.random.Generator, image_size: Size = 64) -> Scene:
     """A random scene.
 
-    ``image_size`` is the side of a square or (height, width). The number of rows and columns
-    follows from it, three for 64 pixels, so that cells keep their size.
+    ``image_size`` is the side of a square or (height, width). Cells are 16 pixels wide and high, so
+    64 pixels make four rows and four columns.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    grid = (max(2, height * 3 // 64), max(2, width * 3 // 64))
-    kinds = rng.choice(3, size=grid, p=(0.14, 0.4, 0.46))
-    shapes = rng.integers(len(SHAPES), size=grid)
-    characters = rng.integers(len(CHARACTERS), size=grid)
-    colours = rng.integers(len(COLOURS), size=grid)
-    names = tuple(COLOURS)
+    grid = (max(2, height // CELL), max(2, width // CELL))
+    cells = things(rng, grid)
     pixels = np.empty((height, width, 3), np.float32)
     pixels[:] = rng.uniform(0, 50, 3)
-    rows: list[tuple[Thing | None, ...]] = []
-    for row in range(grid[0]):
-        cells: list[Thing | None] = []
-        for column in range(grid[1]):
-            at = row, column
-            if not kinds[at]:
-                cells.append(None)
-                continue
-            name = SHAPES[shapes[at]] if kinds[at] == 1 else CHARACTERS[characters[at]]
-            thing = Thing(name, names[colours[at]])
-            _draw(pixels, row, column, grid, thing, rng)
-            cells.append(thing)
-        rows.append(tuple(cells))
+    for place, thing in enumerate(cells):
+        if thing is not None:
+            _draw(pixels, place // grid[1], place % grid[1], grid, thing, rng)
     noise = rng.standard_normal((height, width, 3), dtype=np.float32)
     pixels += noise * np.float32(rng.uniform(4, 16))
-    return Scene(tuple(rows), pixels.round().clip(0, 255).astype(np.uint8))
-
-
-def _spoken(thing: Thing | None) -> str:
-    return NOTHING if thing is None else thing.words
+    rows = tuple(tuple(cells[at : at + grid[1]]) for at in range(0, len(cells), grid[1]))
+    return Scene(rows, pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A random question about a scene, and its answer. Rows and columns count from one."""
-    things = scene.things()
-    words = [thing.words for _, _, thing in things]
-    unique = [entry for entry in things if words.count(entry[2].words) == 1]
-    kind = int(rng.integers(7))
-    if kind in (0, 1, 2):  # what stands at a position
-        row, column = int(rng.integers(scene.rows)), int(rng.integers(scene.columns))
+    kind = int(rng.integers(6))
+    row, column = int(rng.integers(scene.rows)), int(rng.integers(scene.columns))
+    if kind < 3:  # what stands at a position
         thing = scene.cells[row][column]
         place = f"row {row + 1} column {column + 1} ?"
         if thing is not None and kind == 1:
-            return f"what colour is row {row + 1} column {column + 1} ?", thing.colour
+            return f"what colour is {place}", thing.colour
         if thing is not None and kind == 2 and thing.is_character:
             return f"what character is at {place}", thing.name
-        return f"what is at {place}", _spoken(thing)
-    if kind == 3:  # a count
-        which = int(rng.integers(3))
-        if which == 0:
-            colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
-            return f"how many {colour} things ?", str(sum(t.colour == colour for _, _, t in things))
-        if which == 1:
-            shape = SHAPES[rng.integers(len(SHAPES))]
-            return f"how many {_PLURALS[shape]} ?", str(sum(t.name == shape for _, _, t in things))
-        return "how many characters ?", str(sum(t.is_character for _, _, t in things))
-    if kind == 4 or not unique:  # a line of characters
-        if rng.integers(2):
-            row = int(rng.integers(scene.rows))
-            question, line = f"read row {row + 1} .", list(scene.cells[row])
-        else:
-            column = int(rng.integers(scene.columns))
-            question = f"read column {column + 1} ."
-            line = [cells[column] for cells in scene.cells]
-        text = " ".join(thing.name for thing in line if thing is not None and thing.is_character)
-        return question, text or NOTHING
-    row, column, thing = unique[rng.integers(len(unique))]
-    if kind == 5:  # a position
-        return f"where is the {thing.words} ?", f"row {row + 1} column {column + 1}"
-    sides = [  # a neighbour
-        (side, row + down, column + right)
-        for side, (down, right) in SIDES.items()
-        if 0 <= row + down < scene.rows and 0 <= column + right < scene.columns
-    ]
-    side, row, column = sides[rng.integers(len(sides))]
-    return f"what is {side} the {thing.words} ?", _spoken(scene.cells[row][column])
+        return f"what is at {place}", NOTHING if thing is None else thing.words
+    if rng.integers(2):
+        line, found = f"row {row + 1}", scene.cells[row]
+    else:
+        line, found = f"column {column + 1}", tuple(cells[column] for cells in scene.cells)
+    things = [thing for thing in found if thing is not None]
+    if kind < 5:  # a line of characters
+        return f"read {line} .", " ".join(t.name for t in things if t.is_character) or NOTHING
+    if rng.integers(2):  # a count
+        return f"how many characters at {line} ?", str(sum(t.is_character for t in things))
+    colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
+    return f"how many {colour} things at {line} ?", str(sum(t.colour == colour for t in things))
 
 
 def sample(split: Split, index: int, image_size: Size = 64) -> Sample:
     """Sample ``index`` of a split: one picture and one question about it."""
-    rng = generator(split, index)
-    picture = scene(rng, image_size)
-    question, answer = ask(picture, rng)
+    picture = scene(generator(split, index), image_size)
+    question, answer = ask(picture, generator(split, index, questions=True))
     return Sample(Image.fromarray(picture.pixels), question, answer)
 
 

@@ -32,7 +32,7 @@ def test_samples_follow_from_split_and_index() -> None:
 def test_known_sample() -> None:
     """The stream of samples must not change: recorded accuracies refer to it."""
     sample = vqa.sample("evaluation", 0)
-    assert (sample.question, sample.answer) == ("what is at row 3 column 4 ?", "nothing")
+    assert (sample.question, sample.answer) == ("what character is at row 2 column 2 ?", "R")
     assert sample.image.size == (64, 64)
     assert sample.image.mode == "RGB"
 
@@ -76,36 +76,28 @@ def test_things_are_drawn_where_the_scene_says() -> None:
 def check_answer(scene: vqa.Scene, question: str, answer: str) -> None:
     """Work the answer out again from the words of the question."""
     words = question.removesuffix(" ?").removesuffix(" .").split()
-    things = scene.things()
-    spoken = {(row, column): thing.words for row, column, thing in things}
+    spoken = [[thing.words if thing else "" for thing in cells] for cells in scene.cells]
+
+    def line(axis: str, number: str) -> list[list[str]]:
+        at = int(number) - 1
+        found = spoken[at] if axis == "row" else [cells[at] for cells in spoken]
+        return [text.split() for text in found if text]
+
     match words:
         case ["what", "is", "at", "row", row, "column", column]:
-            expected = spoken.get((int(row) - 1, int(column) - 1), "nothing")
+            expected = spoken[int(row) - 1][int(column) - 1] or "nothing"
         case ["what", "character", "is", "at", "row", row, "column", column]:
-            expected = spoken[int(row) - 1, int(column) - 1].split()[1]
+            expected = spoken[int(row) - 1][int(column) - 1].split()[1]
             assert len(expected) == 1
         case ["what", "colour", "is", "row", row, "column", column]:
-            expected = spoken[int(row) - 1, int(column) - 1].split()[0]
-        case ["how", "many", colour, "things"]:
-            expected = str(Counter(thing.colour for _, _, thing in things)[colour])
-        case ["how", "many", shapes]:
-            expected = str(Counter(thing.name for _, _, thing in things)[shapes[: -len("s")]])
-            if shapes == "crosses":
-                expected = str(Counter(thing.name for _, _, thing in things)["cross"])
-        case ["read", line, number]:
-            axis = ("row", "column").index(line)
-            names = [
-                t.name for *at, t in things if at[axis] == int(number) - 1 and len(t.name) == 1
-            ]
+            expected = spoken[int(row) - 1][int(column) - 1].split()[0]
+        case ["how", "many", "characters", "at", axis, number]:
+            expected = str(sum(len(name) == 1 for _, name in line(axis, number)))
+        case ["how", "many", colour, "things", "at", axis, number]:
+            expected = str(sum(other == colour for other, _ in line(axis, number)))
+        case ["read", axis, number]:
+            names = [name for _, name in line(axis, number) if len(name) == 1]
             expected = " ".join(names) or "nothing"
-        case ["where", "is", "the", colour, name]:
-            (found,) = [at for at, text in spoken.items() if text == f"{colour} {name}"]
-            expected = f"row {found[0] + 1} column {found[1] + 1}"
-        case ["what", "is", *side, "the", colour, name]:
-            (found,) = [at for at, text in spoken.items() if text == f"{colour} {name}"]
-            steps = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
-            down, right = steps[side[0]]
-            expected = spoken.get((found[0] + down, found[1] + right), "nothing")
         case _:
             raise AssertionError(question)
     assert answer == expected, question
@@ -114,14 +106,14 @@ def check_answer(scene: vqa.Scene, question: str, answer: str) -> None:
 def test_answers() -> None:
     kinds: Counter[str] = Counter()
     for index in range(200):
-        rng = vqa.generator("train", index)
-        scene = vqa.scene(rng)
+        rng = vqa.generator("train", index, questions=True)
+        scene = vqa.scene(vqa.generator("train", index))
         for _ in range(5):
             question, answer = vqa.ask(scene, rng)
             check_answer(scene, question, answer)
             kinds[" ".join(question.split()[:2])] += 1
             assert 1 <= len(answer.split()) <= 5
-    assert len(kinds) == 7
+    assert len(kinds) >= 6
 
 
 def test_messages() -> None:
