@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from mqc.host import Prompt, Runnable
 
 QUESTIONS = {
-    "what is at row 2 column 1 ?": "yellow diamond",
-    "what is right of the red 4 ?": "red 3",
-    "read row 3 .": "4 3",
+    "what is at row 4 column 2 ?": "red ring",
+    "read row 1 .": "6 F J",
+    "how many yellow things at column 1 ?": "2",
 }
-"""About ``demo.png``, a generated scene that no training or calibration has seen."""
+"""About ``demo.png``, scene 700001 of the evaluation split of ``mqc.testing.vqa``."""
 
 FIRST_SAMPLE = 500_000
 """Where the demo's evaluation samples start: away from those of other reports."""
