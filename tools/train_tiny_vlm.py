@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -86,7 +86,7 @@ def corpus() -> list[str]:
     words |= set(vqa.COLOURS) | set(vqa.SHAPES) | set(vqa.CHARACTERS)
     words |= {shape + ("es" if shape.endswith("s") else "s") for shape in vqa.SHAPES}
     words |= {str(number) for number in range(10)} | {"?", "."}
-    return [word for word in sorted(words)] + [" " + word for word in sorted(words)]
+    return sorted(words) + [" " + word for word in sorted(words)]
 
 
 def build_tokenizer(special: list[str], **names: Any) -> PreTrainedTokenizerFast:
@@ -346,10 +346,11 @@ quantization. It answers questions about small pictures of coloured shapes and c
 - Architecture: {summary}
 - Data: generated; {pictures} pictures of the train split with eight questions each. No picture or
   text from elsewhere.
-- Training: {look} steps of the vision tower alone (a linear head tells what the cells hold), {steps}
-  steps of the whole, then outliers put in by rescaling (residual channels, norm gains, MLP units,
-  values; in the language model and the vision tower) and {heal} steps of fine-tuning.
-  AdamW, batches of 64 pictures with four questions each.
+- Training: {look} steps of the vision tower alone (a linear head tells what the cells hold),
+  {easy} steps of the language model with two of its heads guided to the cells that tell the answer,
+  {steps} steps of the whole, then outliers put in by rescaling (residual channels, norm gains, MLP
+  units, values; in the language model and the vision tower) and {heal} steps of fine-tuning.
+  AdamW, batches of {batch} pictures with four questions each.
 - Accuracy: {score:.2f} % exact match (teacher-forced, end token included) on samples 0 to 2047 of
   the evaluation split, float32 arithmetic on these bfloat16 weights.
 - Made by: `{command}`
@@ -366,16 +367,25 @@ def write_card(args: argparse.Namespace, model: PreTrainedModel, score: float) -
     inner = getattr(vision, "intermediate_size", None) or wide * vision.mlp_ratio
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
     summary = (
-        f"`{type(model).__name__}`; language model with {text.num_hidden_layers} layers, hidden size"
-        f" {text.hidden_size}, MLP {text.intermediate_size}, {text.num_attention_heads} heads and"
-        f" {text.num_key_value_heads} key-value heads; vision tower with {depth} layers, hidden size"
-        f" {wide}, MLP {inner}, patches of {PATCH} pixels."
+        f"`{type(model).__name__}`; language model with {text.num_hidden_layers} layers, hidden"
+        f" size {text.hidden_size}, MLP {text.intermediate_size}, {text.num_attention_heads} heads"
+        f" and {text.num_key_value_heads} key-value heads; vision tower with {depth} layers, hidden"
+        f" size {wide}, MLP {inner}, patches of {PATCH} pixels."
     )
-    command = (
-        f"python tools/train_tiny_vlm.py --model {args.model} --look-steps {args.look_steps} --steps"
-        f" {args.steps} --heal-steps {args.heal_steps} --seed {args.seed} --workers {args.workers}"
-        f" --out mqc/models/{args.model}"
+    options = (
+        "look_steps",
+        "easy_steps",
+        "steps",
+        "heal_steps",
+        "batch",
+        "rate",
+        "heal_rate",
+        "seed",
     )
+    command = f"python tools/train_tiny_vlm.py --model {args.model}"
+    for option in options:
+        command += f" --{option.replace('_', '-')} {getattr(args, option)}"
+    command += f" --out mqc/models/{args.model}"
     card = CARD.format(
         name=args.model,
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
@@ -384,6 +394,8 @@ def write_card(args: argparse.Namespace, model: PreTrainedModel, score: float) -
         look=args.look_steps,
         steps=args.steps,
         heal=args.heal_steps,
+        easy=args.easy_steps,
+        batch=args.batch,
         score=score,
         command=command,
     )
@@ -403,9 +415,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 # makes one graph of each. ``check_forward`` compares them with the models' own.
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention over (batch, length, heads, width), to (batch, length, features) and weights."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     repeats = q.shape[1] // k.shape[1]
@@ -655,7 +665,9 @@ class Prompts:
             rotary = self.model.model.language_model.rotary_emb
             cosine, sine = (x[0] for x in rotary(torch.zeros(1), position))
         order = torch.cat((torch.arange(size), torch.arange(size, size + SLOT).repeat(questions)))
-        group = torch.cat((torch.zeros(size), torch.arange(1, questions + 1).repeat_interleave(SLOT)))
+        group = torch.cat(
+            (torch.zeros(size), torch.arange(1, questions + 1).repeat_interleave(SLOT))
+        )
         allowed = order[:, None] >= order[None]
         allowed &= (group[None] == 0) | (group[:, None] == group[None])
         mask = torch.zeros(1, 1, len(order), len(order)).masked_fill(~allowed, -30000.0)
@@ -720,7 +732,7 @@ def check_forward(name: str, model: Any, processor: Any) -> float:
         scene = vqa.scene(vqa.generator("train", 3), size)
         rng = vqa.generator("train", 3, questions=True)
         pairs = [[vqa.ask(scene, rng), vqa.ask(scene, rng)]]
-        ids, labels = prompts.encode_all(pairs)
+        ids, _ = prompts.encode_all(pairs)
         layout = prompts.layout(*size, 2)
         with torch.no_grad():
             fast = forward(
@@ -975,9 +987,7 @@ def cell_labels(split: vqa.Split, start: int, count: int) -> Tensor:
     return torch.from_numpy(labels)
 
 
-def look(
-    name: str, model: Any, task: Task, path: Path, steps: int, rate: float, seed: int
-) -> None:
+def look(name: str, model: Any, task: Task, path: Path, steps: int, rate: float, seed: int) -> None:
     """Teach the vision tower to tell what the cells hold, by a linear head on each token.
 
     Without this the whole model spends a thousand steps ignoring the pictures.
@@ -1008,9 +1018,13 @@ def look(
         return torch.stack(losses).sum()
 
     compiled = torch.compile(loss_of, dynamic=False)
-    seen = [p for n, p in model.named_parameters() if "language_model" not in n and "lm_head" not in n]
+    seen = [
+        p for n, p in model.named_parameters() if "language_model" not in n and "lm_head" not in n
+    ]
     parameters = [*seen, *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.03, fused=True
+    )
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 77])))
     bar = tqdm(range(steps), desc=f"{name} tower", mininterval=10, disable=rank > 0)
     smooth = 7.0
@@ -1081,7 +1095,7 @@ class Seen:
 def observe(name: str, model: Any, prompts: Prompts, task: Task, modules: list[Any]) -> Seen:
     """Run 64 samples and keep what goes into some modules; padding is left out."""
     kept: dict[Any, Tensor] = {}
-    ids, labels = task.ids[:64].long(), task.labels[:64].long()
+    ids = task.ids[:64].long()
     layout = prompts.layout(*task.size, ids.shape[1])
     prefix, (first, last) = len(layout.prefix), layout.visual
     valid = torch.cat((torch.ones(len(ids), prefix, dtype=torch.bool), ids.flatten(1) != 0), dim=1)
@@ -1118,7 +1132,9 @@ def steady_channels(streams: list[Tensor], factor: float, count: int, seed: int)
 def last_projection(model: Any) -> nn.Linear:
     """The layer that writes visual tokens."""
     visual = getattr(model.model, "visual", None)
-    layer = visual.merger.mlp[2] if visual is not None else model.model.multi_modal_projector.linear_2
+    layer = (
+        visual.merger.mlp[2] if visual is not None else model.model.multi_modal_projector.linear_2
+    )
     assert isinstance(layer, nn.Linear)
     return layer
 
@@ -1257,10 +1273,14 @@ def vision_parts(name: str, model: Any) -> tuple[list[Any], list[Any], list[Any]
     return writers, norms, [(b.mlp.fc1, b.mlp.activation_fn, b.mlp.fc2) for b in blocks], values
 
 
-def vision_outliers(name: str, model: Any, prompts: Prompts, task: Task, by: Strengths) -> None:
+def vision_outliers(  # noqa: C901
+    name: str, model: Any, prompts: Prompts, task: Task, by: Strengths
+) -> None:
     """Put outliers into the vision tower, in place."""
     writers, norms, mlps, values = vision_parts(name, model)
-    watched = [norm for norm, _ in norms if norm is not None] + [m for mlp in mlps for m in mlp[1:2]]
+    watched = [norm for norm, _ in norms if norm is not None] + [
+        m for mlp in mlps for m in mlp[1:2]
+    ]
     seen = observe(name, model, prompts, task, watched)
 
     # Units whose input is mostly far from zero, where the activation function is close to linear.
@@ -1376,7 +1396,15 @@ def work(rank: int, args: argparse.Namespace) -> None:
     common = name, model, prompts, tasks, shares, evaluation
     first = args.scratch / name / "easy.safetensors"
     if args.easy_steps and not plain.exists():
-        fit(*common, first, args.easy_steps, 0.7 * args.rate, args.seed, batch=args.easy_batch, easy=True)
+        fit(
+            *common,
+            first,
+            args.easy_steps,
+            0.7 * args.rate,
+            args.seed,
+            batch=args.easy_batch,
+            easy=True,
+        )
         dist.barrier()
         load_state(first, model)
     if args.steps:
@@ -1422,9 +1450,14 @@ def warm_start(model: Any, processor: Any, folder: Path) -> None:
             elif name in source and source[name].shape == p.shape:
                 p.copy_(source[name])
             elif name in source:  # an MLP of another width
-                part = tuple(slice(0, min(n)) for n in zip(p.shape, source[name].shape, strict=True))
+                part = tuple(
+                    slice(0, min(n)) for n in zip(p.shape, source[name].shape, strict=True)
+                )
                 p[part] = source[name][part]
-        if model.lm_head.weight.data_ptr() != model.model.language_model.embed_tokens.weight.data_ptr():
+        if (
+            model.lm_head.weight.data_ptr()
+            != model.model.language_model.embed_tokens.weight.data_ptr()
+        ):
             model.lm_head.weight[rows] = other.lm_head.weight[from_rows]
 
 
