@@ -15,7 +15,16 @@ from mqc.calib.samples import component_samples
 from mqc.calib.walk import Values, walk
 from mqc.errors import PassPreconditionError
 from mqc.ir import Component, Program
-from mqc.ir.edit import argument, aten, call, get_param, param_value, replace, tensor_type
+from mqc.ir.edit import (
+    argument,
+    aten,
+    call,
+    eliminate_dead_code,
+    get_param,
+    param_value,
+    replace,
+    tensor_type,
+)
 from mqc.numerics.gptq import HessianAccumulator, gptq_quantize
 from mqc.numerics.quantize import ClipSearch, QuantizedWeight, quantize_rtn
 from mqc.numerics.stats import sqnr_db
@@ -69,6 +78,7 @@ class QuantizeWeights(Pass):
                 )
             else:
                 quantizer.run()
+        eliminate_dead_code(program)
         return result
 
 

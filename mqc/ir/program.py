@@ -100,10 +100,11 @@ class Program:
     def module(self, name: str) -> fx.GraphModule:
         """Component ``name`` as a callable: placeholders in order, returns the tuple of outputs."""
         component = self.components[name].copy()
-        params = {key: self.params[key] for key in sorted(component.param_names())}
         root = torch.nn.Module()
-        for key, value in params.items():
-            _attach(root, key, value)
+        for key in sorted(component.param_names()):
+            root.register_buffer(_attribute(key), self.params[key])
+        for node in component.graph.find_nodes(op="get_attr"):
+            node.target = _attribute(str(node.target))
         return fx.GraphModule(root, component.graph)
 
     def copy(self) -> Program:
@@ -142,17 +143,9 @@ class Program:
         return self.params.prune(used)
 
 
-def _attach(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Register ``value`` as buffer ``name`` (dotted) below ``root``."""
-    *path, leaf = name.split(".")
-    module = root
-    for part in path:
-        child = getattr(module, part, None)
-        if not isinstance(child, torch.nn.Module):
-            child = torch.nn.Module()
-            module.add_module(part, child)
-        module = child
-    module.register_buffer(leaf, value)
+def _attribute(name: str) -> str:
+    """A parameter's name as one attribute: ``a.weight`` and ``a.weight.scale`` may both exist."""
+    return name.replace(".", "/")
 
 
 def _cast_port(port: Port, dtype: torch.dtype) -> Port:
