@@ -1078,10 +1078,21 @@ class Strengths:
     """Rows of the value projections, undone in the output projections."""
     gains: float = 4.0
     """Norm gains of channels that are larger for visual tokens, undone in the readers."""
+    largest: float = math.inf
+    """Units that reach more than this are made smaller by powers of two first."""
     vision_residual: float = 16.0
     """Residual channels of the vision tower."""
     vision_units: float = 10.0
     """Rows of the vision tower's first MLP layers."""
+
+
+LAST = {
+    "tiny-qwen2-vl": Strengths(residual=1, units=4, text_units=4, values=2, gains=2),
+    "tiny-llava": Strengths(residual=1, units=4, text_units=4, values=2, gains=2),
+    # Blocks of eight spread a unit's outlier over eight channels only: smaller ones there.
+    "tiny-internvl": Strengths(residual=1, units=1, text_units=1, values=2, gains=16, largest=64),
+}
+"""Factors of the last rescaling: powers of two and no residual channels, so it is exact."""
 
 
 @dataclass
@@ -1161,6 +1172,10 @@ def text_outliers(name: str, model: Any, prompts: Prompts, task: Task, by: Stren
 
     # Units: those that fire for visual tokens, and a few that fire for text.
     for layer in text.layers:
+        reach = seen.inputs[layer.mlp.down_proj].abs().amax(0)
+        smaller = 2.0 ** -(reach / by.largest).log2().ceil().clamp(min=0)
+        layer.mlp.up_proj.weight *= smaller[:, None]
+        layer.mlp.down_proj.weight /= smaller
         x = seen.inputs[layer.mlp.down_proj].abs()
         of_visual, of_text = x[visual].quantile(0.99, 0), x[~visual].quantile(0.99, 0)
         common = x.quantile(0.999, 0)
@@ -1428,8 +1443,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     if rank == 0:
         with torch.no_grad():
             if args.heal_steps:  # once more, by powers of two: exact, nothing to repair
-                more = Strengths(residual=1, units=4, text_units=4, values=2, gains=2)
-                text_outliers(name, model, prompts, calibration, more)
+                text_outliers(name, model, prompts, calibration, LAST[name])
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(torch.bfloat16).float())
         score = evaluate(name, model, prompts, evaluation)
