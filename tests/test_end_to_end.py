@@ -14,12 +14,11 @@ from tempfile import mkdtemp
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import conversations
 from typer.testing import CliRunner
 
 import mqc
 from mqc.cli import app
-from mqc.host import score
+from mqc.host import evaluate
 from mqc.models import embedded_model_path
 from mqc.testing import vqa
 
@@ -55,17 +54,21 @@ def test_equal_compiles_give_equal_bytes() -> None:
 
 
 def test_onnx_answers_as_the_reference() -> None:
+    """Equal answers, and distributions as close as int8 steps allow.
+
+    Integer operators are bit-equal (tests/backends). Float operators round differently, and a
+    value within an ulp of a rounding boundary then takes the neighbouring int8 step; that noise is
+    far below the quantization's own.
+    """
     reference, onnx = mqc.load(compiled("reference")), mqc.load(compiled("onnx"))
-    for messages in conversations().values():
+    rows = [vqa.sample("evaluation", index) for index in range(12)]
+    for row in rows:
+        messages = vqa.messages(row)
         expected = reference.generate(messages, max_new_tokens=6)
-        actual = onnx.generate(messages, max_new_tokens=6)
-        assert actual.tokens == expected.tokens
-    for index in range(4):
-        row = vqa.sample("evaluation", index)
-        item = reference.eval_item(vqa.messages(row), row.answer)
-        ((one,), (two,)) = (list(score(model.engine, [item])) for model in (reference, onnx))
-        largest = one.log_probs.abs().max()
-        assert float((one.log_probs - two.log_probs).abs().max() / largest) <= 1e-4
+        assert onnx.generate(messages, max_new_tokens=6).tokens == expected.tokens
+    items = [reference.eval_item(vqa.messages(row), row.answer) for row in rows]
+    report = evaluate(onnx.engine, items, baseline=reference.engine)
+    assert report.kl is not None and report.kl <= 2e-3 and report.agreement == 1.0
 
 
 def test_three_images_and_none() -> None:
@@ -142,13 +145,20 @@ def test_ctrl_c_leaves_nothing_and_the_next_run_works(tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     args = ["--target", "reference", "--set", "weights.method=rtn", "--samples", "8"]
     command = [sys.executable, "-m", "mqc", "compile", MODEL, *args, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even below nohup
+    )
     deadline = time.monotonic() + 120
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    time.sleep(1)  # well inside: the writer is open, the model is being captured or rewritten
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in text
+    assert (process.returncode, "Traceback" in text) == (130, False), text
     assert list(tmp_path.iterdir()) == []
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert (out / "manifest.json").is_file() and len(list(tmp_path.iterdir())) == 1

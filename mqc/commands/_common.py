@@ -156,13 +156,13 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     hint: str | None
     if isinstance(error, MqcError):
         message, hint = error.message, error.hint
-        console.print(f"[bold red]error:[/] {escape(message)}")
+        console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     else:
         message = f"{type(error).__name__}: {error}"
         hint = "run again with --debug for the trace, and report it"
-        console.print(f"[bold red]internal error:[/] {escape(message)}")
+        console.print(f"[bold red]internal error:[/] {escape(message)}", soft_wrap=True)
     if hint:
-        console.print(f"[bold]hint:[/] {escape(hint)}")
+        console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
     if as_json:
         kind = type(error).__name__
         print_json({"error": {"type": kind, "message": message, "hint": hint}})

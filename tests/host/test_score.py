@@ -77,7 +77,9 @@ def test_report_and_progress() -> None:
     assert report.low <= report.accuracy <= report.high and report.loss > 0
     assert report.to_json()["accuracy"] == report.accuracy
     kept = list(score(engine, data))
-    assert evaluate(engine, iter(data), baseline=kept) == report
+    again = evaluate(engine, iter(data), baseline=kept)
+    assert (again.n, again.correct) == (report.n, report.correct)
+    assert again.loss == pytest.approx(report.loss, rel=1e-4)
     assert evaluate(engine, data).kl is None
 
 

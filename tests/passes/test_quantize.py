@@ -81,19 +81,23 @@ def test_scales_differ_by_modality_and_are_shared(name: str) -> None:
     assert not torch.allclose(scales[:, 0], scales[:, 1])
 
 
-def test_aifs_on_and_off_agree_exactly() -> None:
-    """Same integers, same order of float sums per token: logits are equal for every prompt form."""
-    for name in NAMES:
-        model = runnable(name)
-        items = [
-            build_prompt(messages, model.processor, model.adapter)
-            for messages in conversations().values()
-        ]
-        plain = prefill(ProgramEngine(quantized(name, "w4a8", aifs=False)), items)
-        reordered = prefill(ProgramEngine(quantized(name, "w4a8")), items, padding="left")
-        chunked = prefill(ProgramEngine(quantized(name, "w4a8")), items, chunk=7)
-        for other in (reordered, chunked):
-            torch.testing.assert_close(other.logits, plain.logits, rtol=2e-4, atol=2e-4)
+@pytest.mark.parametrize("name", NAMES)
+def test_aifs_on_and_off_agree(name: str) -> None:
+    """The same quantized program, rows reordered or not, for every form of prompt.
+
+    In float64, where no rounding difference of the reordered attention sums is large enough to
+    tip a value over to the next int8 step: then logits are equal, for any padding and chunking.
+    """
+    model = runnable(name)
+    items = [
+        build_prompt(messages, model.processor, model.adapter)
+        for messages in conversations().values()
+    ]
+    natural = ProgramEngine(quantized(name, "w4a8", aifs=False).to(torch.float64))
+    reordered = ProgramEngine(quantized(name, "w4a8").to(torch.float64))
+    expected = prefill(natural, items).logits
+    for other in (prefill(reordered, items, padding="left"), prefill(reordered, items, chunk=7)):
+        torch.testing.assert_close(other.logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rtn_needs_no_calibration_data() -> None:
