@@ -43,7 +43,8 @@ STEPS = (
     "+ online Hadamard",
     "+ RMS",
     "+ MSQ/AIFS",
-    "+ GPTQ",
+    "+ GPTQ, clip search",
+    "+ percentile ranges",
 )
 FLOAT = "float"
 BATCH = 64
@@ -74,7 +75,8 @@ class Job:
             gptq = self.step >= 5
             weights = replace(weights, bits=bits, method="gptq" if gptq else "rtn", clip=gptq)
             msq = name == "decoder" and self.step >= 4
-            activations = replace(part.activations, per_modality=msq)
+            observer = part.activations.observer if self.step >= 6 else "minmax"
+            activations = replace(part.activations, per_modality=msq, observer=observer)
             components[name] = replace(part, weights=weights, activations=activations)
         return Scheme(
             f"{self.variant}-step{self.step}",

@@ -10,6 +10,7 @@ Where these places are is found in the captured graph.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,8 +33,17 @@ class OutlierReport:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+KINDS = ("feed_forward", "attention", "norms")
+"""Where outliers can be put."""
+
+
 def inject_outliers(
-    model: torch.nn.Module, *, factor: int = 32, channels: int = 3, seed: int = 0
+    model: torch.nn.Module,
+    *,
+    factor: int = 32,
+    channels: int = 3,
+    seed: int = 0,
+    kinds: Collection[str] = KINDS,
 ) -> OutlierReport:
     """Scale ``channels`` random channels of every place by ``factor``, in the model's own weights.
 
@@ -42,18 +52,21 @@ def inject_outliers(
         factor: a power of two.
         channels: channels per feed-forward block, attention and norm.
         seed: of the choice of channels.
+        kinds: which places; all by default.
 
     Raises:
-        ValueError: ``factor`` is not a power of two.
+        ValueError: ``factor`` is not a power of two, or a kind is unknown.
     """
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"unknown kinds of outliers: {', '.join(sorted(unknown))}")
     if factor < 1 or factor & (factor - 1):
         raise ValueError(f"factor {factor} is not a power of two, so results would be rounded")
     program = PassManager([Canonicalize()]).run(capture(model), PassContext())
     injector = _Injector(program, model, factor, channels, seed)
     with torch.no_grad():
-        injector.feed_forward()
-        injector.attention()
-        injector.norms()
+        for kind in KINDS:
+            if kind in kinds:
+                getattr(injector, kind)()
     return injector.report
 
 
