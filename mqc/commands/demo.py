@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 QUESTIONS = {
     "what is at row 4 column 2 ?": "red ring",
     "read row 1 .": "6 F J",
-    "how many yellow things at column 1 ?": "2",
+    "what colour is row 2 column 3 ?": "purple",
 }
 """About ``demo.png``, scene 700001 of the evaluation split of ``mqc.testing.vqa``."""
 
