@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mqc.analysis.flow import ChannelFlow, Group
-from mqc.ir import Program
 
 MIN_ADDS = 2
 """A residual stream is added to at least twice (attention and feed-forward of one layer)."""
@@ -68,8 +67,3 @@ def find_free_groups(flow: ChannelFlow) -> list[Group]:
         and group.norms
         and not (group.barriers or group.sources)
     ]
-
-
-def analyse_streams(program: Program) -> list[Stream]:
-    """:func:`find_streams` on a fresh flow analysis."""
-    return find_streams(ChannelFlow(program))

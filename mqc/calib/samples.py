@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from mqc.calib.walk import Sample
 from mqc.errors import CalibrationError
 from mqc.host.batch import make_batch
-from mqc.host.engine import Cache, merge, read
+from mqc.host.engine import merge, read
 from mqc.host.program_engine import ProgramEngine
 from mqc.host.prompt import Prompt
 from mqc.ir import Component, Program
@@ -89,22 +88,9 @@ class _Recorder(ProgramEngine):
         super().__init__(program)
         self.samples: list[Sample] = []
 
-    def decoder(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor,
-        logit_index: torch.Tensor,
-        modality: torch.Tensor,
-        cache: Cache,
-    ) -> tuple[torch.Tensor, list[Any]]:
-        inputs = {
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids,
-            "mask": mask,
-            "logit_index": logit_index,
-            "modality": modality,
-        }
-        inputs.update(zip([port.name for port in self._cache_ports()], cache, strict=True))
-        self.samples.append(_cast(self.program, "decoder", inputs))
-        return torch.zeros(*logit_index.shape, 1), list(cache)
+    def _call(self, name: str, inputs: Sample) -> tuple[torch.Tensor, ...]:
+        if name != "decoder":
+            return super()._call(name, inputs)
+        self.samples.append(_cast(self.program, name, inputs))
+        caches = [inputs[port.name] for port in self._cache_ports()]
+        return torch.zeros(*inputs["logit_index"].shape, 1), *caches
