@@ -158,7 +158,9 @@ def test_numbered_ports_are_folded() -> None:
 
 def test_interrupt_is_130_without_a_trace() -> None:
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # a run in the background inherits SIGINT ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mqc import cli\n"
         "@cli.app.command()\n"
         "def hang(): print('ready', flush=True); time.sleep(60)\n"
