@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mqc.capture.adapters import Adapter, adapter_for
+from mqc.capture.adapters import Adapter, adapter_for, is_registered
 from mqc.capture.export import cache_shape, export_decoder, export_embed, export_vision
 from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
@@ -72,7 +72,7 @@ class Source:
             )
         self.adapter: Adapter = adapter_for(self.config)
         self.adapter.check()
-        if type(self.adapter) is Adapter:
+        if not is_registered(self.config.model_type):
             logger.warning(
                 "model type %r has no adapter of its own and is taken for a LLaVA-like model; "
                 "compare its answers with transformers' before relying on them",
@@ -237,6 +237,7 @@ def model_facts(source: Source) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_positions": getattr(config, "max_position_embeddings", None),
         "rope_axes": adapter.rope_axes,
+        "attention_windows": list(adapter.attention_kinds().values()),
         "source": source.describe(),
     }
 

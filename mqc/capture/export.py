@@ -69,10 +69,12 @@ class _Decoder(_Wrapper):
         cache = DynamicCache()
         for key, value in zip(past[0::2], past[1::2], strict=True):
             cache.layers.append(_filled(key, value))
+        kinds = list(self.adapter.attention_kinds())
+        masks = {kind: mask[:, place : place + 1] for place, kind in enumerate(kinds)}
         output = self.m.get_decoder()(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            attention_mask=mask,
+            attention_mask=masks if len(kinds) > 1 else mask,
             past_key_values=cache,
             use_cache=True,
         )
@@ -132,12 +134,13 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
     hidden = int(adapter.text_config.hidden_size)
     batch, tokens, past, rows = 3, 5, 7, 2
     b, s, p, r = _dim("batch"), _dim("tokens"), Dim("past", min=0, max=MAX_LENGTH), _dim("rows")
+    masks = len(adapter.attention_kinds())
     three = adapter.rope_axes == 3
     position_shape = (3, batch, tokens) if three else (batch, tokens)
     args = (
         skeleton.empty(batch, tokens, hidden, dtype=dtype),
         skeleton.empty(*position_shape, dtype=torch.int64),
-        skeleton.empty(batch, 1, tokens, past + tokens, dtype=torch.bool),
+        skeleton.empty(batch, masks, tokens, past + tokens, dtype=torch.bool),
         skeleton.empty(batch, rows, dtype=torch.int64),
         [skeleton.empty(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers)],
     )
@@ -196,5 +199,5 @@ def _export(name: str, module: _Wrapper, args: tuple[Any, ...], shapes: Any) -> 
             f"the {name} component of model type {kind!r} cannot be captured: "
             f"{type(error).__name__}: {reason}",
             hint="run `mqc probe` for the details; a family may need an adapter "
-            "(mqc/capture/adapters.py)",
+            "(see mqc/capture/adapters)",
         ) from error

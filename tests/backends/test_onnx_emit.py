@@ -16,13 +16,13 @@ from onnx_cases import LENGTHS, actual, expected, float_program, inputs_of, rela
 from mqc.backends.onnx.emit import emit
 from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.modality_split import ModalitySplit
-from mqc.testing.families import FAMILIES
+from mqc.testing.families import BASIC
 from mqc.transform import PassContext
 
 FAMILY = "qwen2_vl"
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=sorted(BASIC))
 def emitted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
@@ -119,7 +119,7 @@ def test_half_types_are_widened(tmp_path: Path) -> None:
     assert torch.equal(actual(tmp_path / "embed.onnx", inputs)[0], want.float())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(BASIC))
 def test_reordered_decoder_equals_torch(family: str, tmp_path: Path) -> None:
     program = float_program(family).copy()
     for item in (ModalitySplit(), AifsReorder()):

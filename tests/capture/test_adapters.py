@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mqc.capture import Adapter, GridAdapter, adapter_for, register
-from mqc.capture.adapters import _REGISTRY
+from mqc.capture.adapters.registry import _REGISTRY
 from mqc.capture.segments import segment_attention
 from mqc.errors import CaptureError, CheckpointError
 from mqc.testing.families import FAMILIES, IMAGE, build_family
@@ -29,7 +29,7 @@ def test_positions_are_those_of_the_live_model() -> None:
 
 def test_text_positions_count_up() -> None:
     for name, rows in (("qwen2_vl", 3), ("llava", 1)):
-        adapter = adapter_for(FAMILIES[name]())
+        adapter = adapter_for(FAMILIES[name].config())
         positions, following = adapter.position_ids(torch.tensor([1, 30, 31]), {})
         assert adapter.rope_axes == rows
         assert torch.equal(positions.reshape(rows, 3), torch.arange(3).expand(rows, 3))
@@ -37,7 +37,7 @@ def test_text_positions_count_up() -> None:
 
 
 def test_tiles_of_one_image_stay_together() -> None:
-    adapter = adapter_for(FAMILIES["internvl"]())  # 4 tokens a tile
+    adapter = adapter_for(FAMILIES["internvl"].config())  # 4 tokens a tile
     ids = torch.tensor([[1, *[IMAGE] * 8, 30, *[IMAGE] * 4, 31]])
     pixels = torch.randn(3, 3, 16, 16)
     calls = adapter.vision_calls({"input_ids": ids, "pixel_values": pixels})
@@ -61,7 +61,7 @@ def test_segments_do_not_see_each_other() -> None:
 
 
 def test_registering_a_family() -> None:
-    config = FAMILIES["llava"]()
+    config = FAMILIES["llava"].config()
     config.model_type = "some-new-family"
     assert type(adapter_for(config)) is Adapter
 
@@ -76,7 +76,7 @@ def test_registering_a_family() -> None:
 
 
 def test_no_image_token() -> None:
-    config = FAMILIES["internvl"]().text_config
+    config = FAMILIES["internvl"].config().text_config
     with pytest.raises(CheckpointError, match="names no image token"):
         _ = adapter_for(config).image_token_id
 
@@ -88,7 +88,7 @@ def test_folder_without_config(tmp_path: Path) -> None:
 
 def test_tower_that_returns_pieces() -> None:
     """The default adapter says what is wrong when a family does not fit it."""
-    model = AutoModelForImageTextToText.from_config(FAMILIES["llava"]())
+    model = AutoModelForImageTextToText.from_config(FAMILIES["llava"].config())
     with pytest.raises(CaptureError, match="separate pieces"):
         Adapter(model.config).image_embeds(model, torch.randn(2, 3, 16, 16))
 
@@ -102,7 +102,7 @@ def test_tower_that_returns_pieces() -> None:
     ],
 )
 def test_layers_that_do_not_fit(change: dict[str, Any]) -> None:
-    config = FAMILIES["llava"]()
+    config = FAMILIES["llava"].config()
     adapter_for(config).check()
     for key, value in change.items():
         setattr(config.text_config, key, value)
@@ -111,6 +111,6 @@ def test_layers_that_do_not_fit(change: dict[str, Any]) -> None:
 
 
 def test_variable_grid_without_adapter() -> None:
-    config = FAMILIES["qwen2_vl"]()
+    config = FAMILIES["qwen2_vl"].config()
     with pytest.raises(CaptureError, match="no fixed image size"):
         Adapter(config).vision_inputs()

@@ -19,7 +19,7 @@ from mqc.capture.export import export_embed
 from mqc.capture.importer import import_component
 from mqc.errors import CheckpointError, MqcError
 from mqc.ir import ParamStore
-from mqc.testing.families import FAMILIES, build_family
+from mqc.testing.families import BASIC, build_family
 
 SHARD = "model.safetensors"
 
@@ -103,7 +103,7 @@ def test_nothing_is_read_before_it_is_used(folder: Path, monkeypatch: pytest.Mon
     assert len(read) == 1
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(BASIC))
 def test_names_of_first_releases(family: str, tmp_path: Path) -> None:
     """save_pretrained writes the names that a family's first checkpoints had."""
     build_family(family)[0].save_pretrained(tmp_path)

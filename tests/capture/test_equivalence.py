@@ -14,7 +14,7 @@ from mqc.capture import capture, load_processor
 from mqc.ir import Program, load_program, save_program, verify
 from mqc.ir.serialize import program_to_json
 from mqc.models import EMBEDDED, embedded_model_path
-from mqc.testing.families import FAMILIES, build_family, make_image, sample
+from mqc.testing.families import BASIC, build_family, make_image, sample
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
@@ -48,7 +48,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return kind
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=sorted(BASIC))
 def case(request: pytest.FixtureRequest, dtype: torch.dtype) -> Case:
     return Case(request.param, dtype)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mqc.capture import probe
-from mqc.capture.adapters import LlavaAdapter
+from mqc.capture.adapters.features import FeatureLayers
 from mqc.testing.families import build_family
 
 
@@ -31,11 +31,11 @@ def test_report() -> None:
 
 def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     def depends_on_data(
-        self: LlavaAdapter, model: PreTrainedModel, *inputs: torch.Tensor
+        self: FeatureLayers, model: PreTrainedModel, *inputs: torch.Tensor
     ) -> torch.Tensor:
         return inputs[0][: int(inputs[0].sum())]
 
-    monkeypatch.setattr(LlavaAdapter, "image_embeds", depends_on_data)
+    monkeypatch.setattr(FeatureLayers, "image_embeds", depends_on_data)
     report = probe(build_family("llava")[0])
     assert not report.captured
     assert [item.captured for item in report.components] == [False, True, True]

@@ -1,10 +1,4 @@
-"""Tiny models with random weights, one row per family, for tests that need any model at all.
-
-Every family has dimensions that are no powers of two (hidden 48 = 12 * 4, intermediate 148, 140
-or 74), grouped key/value heads, two layers in each tower, and random norm gains and biases, so
-that a pass that forgets one of them fails. To add a family, write a function from nothing to a
-configuration and put it into :data:`FAMILIES`.
-"""
+"""What a row of the family table is, and how a model and samples are made from it."""
 
 from __future__ import annotations
 
@@ -13,23 +7,87 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    InternVLConfig,
-    LlavaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2VLConfig,
-)
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 IMAGE = 7
 """Token id of an image placeholder in every family."""
+START, END = 3, 4
+"""Token ids around every image's placeholders."""
 VOCABULARY = 96
 HIDDEN = 48
-_START, _END, _FIRST_TEXT = 3, 4, 20
+FIRST_TEXT = 20
+"""Token ids from here on are text."""
 
 
-def _text(model_type: str, intermediate: int, **more: Any) -> dict[str, Any]:
+@dataclass
+class Image:
+    """One random image as a processor would give it: its placeholder count and its tensors.
+
+    ``values`` are concatenated over the images of a batch on their first axis. ``placeholders``
+    replaces the default ``[START, IMAGE * tokens, END]`` where a family writes them otherwise.
+    """
+
+    tokens: int
+    values: dict[str, torch.Tensor]
+    placeholders: list[int] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids that stand for the image in the prompt."""
+        return self.placeholders or [START, *[IMAGE] * self.tokens, END]
+
+
+Generator = torch.Generator | None
+
+
+def fixed_tiles(config: Any, size: int, generator: Generator) -> Image:
+    """``size`` tiles of the tower's fixed size, as ``pixel_values`` [size, 3, height, width]."""
+    side = config.vision_config.image_size
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    pixels = torch.randn(size, 3, height, width, generator=generator)
+    return Image(size * config.image_seq_length, {"pixel_values": pixels})
+
+
+def flat_patches(config: Any, size: tuple[int, int], generator: Generator) -> Image:
+    """A grid of ``size`` (height, width) patches, flattened, with ``image_grid_thw``."""
+    vision, (height, width) = config.vision_config, size
+    features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return Image(
+        height * width // vision.spatial_merge_size**2,
+        {
+            "pixel_values": torch.randn(height * width, features, generator=generator),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        },
+    )
+
+
+def no_extras(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Nothing besides ids, mask and the images' tensors."""
+    return {}
+
+
+def token_types(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``mm_token_type_ids``: 1 at image placeholders."""
+    return {"mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    ``config`` makes the configuration; ``image`` one random image of a size; ``sizes`` are image
+    sizes in that function's terms, the first two of which the default sample uses; ``extras``
+    gives further inputs of a batch with images.
+    """
+
+    config: Callable[[], PretrainedConfig]
+    sizes: tuple[Any, ...] = (1, 2, 5)
+    image: Callable[[Any, Any, Generator], Image] = fixed_tiles
+    extras: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = no_extras
+
+
+def text_config(model_type: str, intermediate: int, **more: Any) -> dict[str, Any]:
+    """A language model of two layers, two of its four heads shared, nothing a power of two."""
     return {
         "model_type": model_type,
         "vocab_size": VOCABULARY,
@@ -46,98 +104,11 @@ def _text(model_type: str, intermediate: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _qwen2_vl() -> PretrainedConfig:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-    vision = {
-        "depth": 2,
-        "embed_dim": 40,
-        "hidden_size": HIDDEN,
-        "num_heads": 2,
-        "mlp_ratio": 3,
-        "patch_size": 4,
-    }
-    return Qwen2VLConfig(
-        text_config=_text("qwen2_vl_text", 148, rope_parameters=rope),
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=8,
-        vision_start_token_id=_START,
-        vision_end_token_id=_END,
-        tie_word_embeddings=True,
-    )
-
-
-def _llava() -> PretrainedConfig:
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 74,
-        "image_size": 16,
-        "patch_size": 4,
-        "projection_dim": 40,
-    }
-    return LlavaConfig(
-        text_config=_text("llama", 140),
-        vision_config=vision,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
-        image_seq_length=16,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-
-
-def _internvl() -> PretrainedConfig:
-    vision = {
-        "hidden_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 74,
-        "image_size": [16, 16],
-        "patch_size": [4, 4],
-        "attention_bias": True,
-    }
-    return InternVLConfig(
-        text_config=_text("qwen2", 74),
-        vision_config=vision,
-        image_token_id=IMAGE,
-        image_seq_length=4,
-        tie_word_embeddings=False,
-    )
-
-
-FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "qwen2_vl": _qwen2_vl,
-    "llava": _llava,
-    "internvl": _internvl,
-}
-"""Configuration of each family by its name, which is also its ``model_type``."""
-
-
-@dataclass
-class Image:
-    """One random image as a processor would give it.
-
-    ``size`` counts tiles of a tiled family (1 is one tile), or is the (height, width) of the patch
-    grid of a family with a variable one.
-    """
-
-    tokens: int
-    values: dict[str, torch.Tensor]
-
-
-def build_family(
-    name: str, dtype: torch.dtype = torch.float32, seed: int = 0
+def build(
+    family: Family, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """A model of family ``name`` and one sample: two images of different sizes with text.
-
-    The sample is a dict as the family's processor returns it: ``input_ids`` [1, tokens],
-    ``attention_mask``, ``pixel_values`` and, where the family has them, ``image_grid_thw`` and
-    ``mm_token_type_ids``. Raises ``KeyError`` for an unknown family.
-    """
-    config = FAMILIES[name]()
+    """A model and one sample of two images: see :func:`mqc.testing.families.build_family`."""
+    config = family.config()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -150,37 +121,15 @@ def build_family(
             else:
                 parameter.mul_(4.0)
     model = model.to(dtype).eval().requires_grad_(False)
-    sizes: list[Any] = [(4, 6), (2, 8)] if name == "qwen2_vl" else [1, 2]
-    images = [make_image(config, size, generator) for size in sizes]
-    return model, sample(config, [images], generator=generator, dtype=dtype)
+    images = [family.image(config, size, generator) for size in family.sizes[:2]]
+    return model, batch_of(family, [images], generator=generator, dtype=dtype)
 
 
-def make_image(
-    config: PretrainedConfig, size: Any, generator: torch.Generator | None = None
-) -> Image:
-    """A random image of ``size`` (see :class:`Image`) for a model of configuration ``config``."""
-    vision = config.vision_config
-    if hasattr(vision, "spatial_merge_size"):
-        height, width = size
-        features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return Image(
-            height * width // vision.spatial_merge_size**2,
-            {
-                "pixel_values": torch.randn(height * width, features, generator=generator),
-                "image_grid_thw": torch.tensor([[1, height, width]]),
-            },
-        )
-    side = vision.image_size
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    pixels = torch.randn(size, 3, height, width, generator=generator)
-    return Image(size * config.image_seq_length, {"pixel_values": pixels})
-
-
-def sample(
-    config: PretrainedConfig,
+def batch_of(
+    family: Family,
     rows: list[list[Image]],
     text: int = 5,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """A batch: per row its images with random text between and after; padded on the left."""
@@ -188,7 +137,7 @@ def sample(
     for images in rows:
         row = [1]
         for image in images:
-            row += [_START, *[IMAGE] * image.tokens, _END, *_words(2, generator)]
+            row += [*image.ids, *_words(2, generator)]
         ids.append(row + _words(text, generator))
     length = max(map(len, ids))
     input_ids = torch.tensor([[0] * (length - len(row)) + row for row in ids])
@@ -197,13 +146,10 @@ def sample(
     for key in images[0].values if images else ():
         value = torch.cat([image.values[key] for image in images])
         batch[key] = value.to(dtype) if value.is_floating_point() else value
-    if "image_grid_thw" in batch:
-        batch["mm_token_type_ids"] = (input_ids == IMAGE).int()
+    batch.update(family.extras(batch))
     return batch
 
 
-def _words(count: int, generator: torch.Generator | None) -> list[int]:
-    words: list[int] = torch.randint(
-        _FIRST_TEXT, VOCABULARY, (count,), generator=generator
-    ).tolist()
+def _words(count: int, generator: Generator) -> list[int]:
+    words: list[int] = torch.randint(FIRST_TEXT, VOCABULARY, (count,), generator=generator).tolist()
     return words

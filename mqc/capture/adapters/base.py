@@ -1,0 +1,192 @@
+"""The default adapter: tiles of one fixed size; and what every adapter can say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mqc.errors import CaptureError, CheckpointError
+
+Call = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DynamicSize:
+    """A size that may change from call to call: ``factor * symbol``, ``example`` at capture."""
+
+    symbol: str
+    factor: int = 1
+    example: int = 6
+
+
+@dataclass(frozen=True)
+class VisionInput:
+    """One input of the vision tower. ``dtype`` None means the program's compute dtype."""
+
+    name: str
+    shape: tuple[int | DynamicSize, ...]
+    axes: tuple[str | None, ...]
+    dtype: torch.dtype | None = None
+
+
+class Adapter:
+    """A tower over tiles of one fixed size: ``pixel_values`` [images, 3, height, width].
+
+    Fits every family whose ``get_image_features`` returns one tensor [images, tokens, hidden] and
+    whose text positions count 0, 1, 2, ...
+    """
+
+    rope_axes: int = 1
+    """Rows of the position ids: 1 ([batch, tokens]) or 3 ([3, batch, tokens])."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        config: PretrainedConfig = self.config.get_text_config(decoder=True)
+        return config
+
+    @property
+    def vision_config(self) -> Any:
+        """The tower's configuration. Raises :class:`CaptureError` for a model without a tower."""
+        config = getattr(self.config, "vision_config", None)
+        if config is None:
+            raise CaptureError(
+                f"model type {self.config.model_type!r} has no vision tower",
+                hint="mqc compiles image-text-to-text models",
+            )
+        return config
+
+    @property
+    def image_token_id(self) -> int:
+        for name in ("image_token_id", "image_token_index"):
+            value = getattr(self.config, name, None)
+            if value is not None:
+                return int(value)
+        raise CheckpointError(
+            f"config.json of model type {self.config.model_type!r} names no image token",
+            hint='add "image_token_id" to config.json',
+        )
+
+    def check(self) -> None:
+        """Raise :class:`CaptureError` for a model that three plain graphs would compute wrongly.
+
+        The decoder keeps every key; layers with a recurrent state do not fit.
+        """
+        kinds = set(self.attention_kinds()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise CaptureError(
+                f"the language model {self.text_config.model_type!r} has layers of kind "
+                f"{', '.join(sorted(kinds))}; only full and sliding attention are supported",
+                hint="use a model whose layers all attend to their context",
+            )
+
+    def attention_kinds(self) -> dict[str, int | None]:
+        """Kinds of the language model's layers -> how many tokens they look back (None: all).
+
+        The decoder takes one mask per kind, in this order, on axis 1 of its input ``mask``.
+        """
+        config = self.text_config
+        window = getattr(config, "sliding_window", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        if not getattr(config, "use_sliding_window", True) or (limit and window and window > limit):
+            window = None
+        kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+        if not kinds:
+            return {"full_attention": None} if window is None else {"sliding_attention": window}
+        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+    # -- capture ---------------------------------------------------------------------------------
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Change ``model`` before it is traced (attention functions); default: nothing."""
+
+    def vision_inputs(self) -> list[VisionInput]:
+        """The tower's inputs, in the order :meth:`image_embeds` takes them."""
+        size = getattr(self.vision_config, "image_size", None)
+        if size is None:
+            raise CaptureError(
+                f"model type {self.config.model_type!r} has no adapter, and its vision tower has "
+                "no fixed image size",
+                hint="write an adapter: see mqc/capture/adapters",
+            )
+        height, width = _pair(size)
+        channels = int(getattr(self.vision_config, "num_channels", 3))
+        shape = (DynamicSize("images", example=3), channels, height, width)
+        return [VisionInput("pixel_values", shape, ("image", None, None, None))]
+
+    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> torch.Tensor:
+        """Tower and connector, traced: rows for the decoder, [visual_tokens, hidden]."""
+        output = base_model(model).get_image_features(inputs[0], return_dict=True)
+        features = output.pooler_output
+        if not isinstance(features, torch.Tensor):
+            raise CaptureError(
+                f"the vision tower of model type {self.config.model_type!r} returns "
+                f"{len(features)} separate pieces, not one tensor",
+                hint="write an adapter: see mqc/capture/adapters",
+            )
+        return features.reshape(-1, features.shape[-1])
+
+    # -- run time --------------------------------------------------------------------------------
+
+    def vision_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        """Tower calls for one batch of a processor's output, in the order of its image tokens.
+
+        Tiles of one image go together: a run of image tokens in ``input_ids`` that is ``n`` times
+        as long as one tile's tokens takes ``n`` tiles.
+        """
+        pixels = processed.get("pixel_values")
+        if pixels is None:
+            return []
+        pixels = torch.as_tensor(pixels)
+        per_tile = self.tokens_per_tile()
+        counts = [length // per_tile for length in self._image_runs(processed)] if per_tile else []
+        if sum(counts) != len(pixels):
+            counts = [1] * len(pixels)
+        return [{"pixel_values": tiles} for tiles in pixels.split(counts)]
+
+    def tokens_per_tile(self) -> int | None:
+        """Image tokens that one tile becomes, or None where the configuration does not say."""
+        value = getattr(self.config, "image_seq_length", None)
+        return int(value) if value else None
+
+    def position_ids(
+        self, input_ids: torch.Tensor, processed: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Positions of one sequence: (int64 [tokens] or [3, tokens], the next free position)."""
+        length = int(input_ids.shape[-1])
+        return torch.arange(length), length
+
+    def attention_blocks(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Tokens that attend each other both ways, for one sequence ``input_ids`` int64 [tokens].
+
+        int64 [tokens]: tokens of one number >= 0 see each other, -1 is causal. None (the default)
+        where attention is causal throughout.
+        """
+        return None
+
+    def _image_runs(self, processed: Mapping[str, Any]) -> Iterator[int]:
+        ids = processed.get("input_ids")
+        if ids is None:
+            return
+        for row in torch.as_tensor(ids).reshape(-1, torch.as_tensor(ids).shape[-1]).tolist():
+            for is_image, run in groupby(row, key=lambda token: token == self.image_token_id):
+                if is_image:
+                    yield len(list(run))
+
+
+def base_model(model: PreTrainedModel) -> Any:
+    """The model below the language head."""
+    return model.base_model
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, (list, tuple)):
+        return int(value[0]), int(value[1])
+    return int(value), int(value)

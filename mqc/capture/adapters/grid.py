@@ -1,0 +1,103 @@
+"""Towers over flat patches of a variable grid, with multi-axis rotary positions in the text."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.vision_utils import get_vision_position_ids
+
+from mqc.capture.adapters.base import Adapter, Call, DynamicSize, VisionInput, base_model
+from mqc.capture.adapters.registry import register
+from mqc.capture.segments import use_segment_attention
+
+
+@register("qwen2_vl")
+class GridAdapter(Adapter):
+    """A tower over patches of a variable grid: one call is one image of ``t * h * w`` patches.
+
+    The processor gives flat patches ``pixel_values`` [patches, features] and ``image_grid_thw``
+    [images, 3]; positions inside the grid are an input of the graph. Text positions follow the
+    family's own ``get_rope_index``, called without a model.
+    """
+
+    rope_axes = 3
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        use_segment_attention(model)
+
+    @property
+    def merge(self) -> int:
+        """Patches along one side that become one visual token."""
+        return int(self.vision_config.spatial_merge_size)
+
+    def vision_inputs(self) -> list[VisionInput]:
+        vision = self.vision_config
+        features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = DynamicSize("blocks", self.merge**2)
+        return [
+            VisionInput("pixel_values", (patches, features), ("patch", None)),
+            VisionInput("position_ids", (patches, 2), ("patch", None), torch.int64),
+        ]
+
+    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> torch.Tensor:
+        pixel_values, position_ids = inputs
+        output = base_model(model).visual(
+            pixel_values,
+            grid_thw=None,
+            position_ids=position_ids,
+            cu_seqlens=torch.zeros(2, dtype=torch.int32),
+            max_seqlen=1,
+        )
+        embeds: torch.Tensor = output.pooler_output
+        return embeds
+
+    def vision_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        pixels, grids = processed.get("pixel_values"), processed.get("image_grid_thw")
+        if pixels is None or grids is None:
+            return []
+        grids = torch.as_tensor(grids).reshape(-1, 3)
+        pieces = torch.as_tensor(pixels).split(grids.prod(-1).tolist())
+        return [
+            {"pixel_values": piece, "position_ids": get_vision_position_ids(grid[None], self.merge)}
+            for piece, grid in zip(pieces, grids, strict=True)
+        ]
+
+    def position_ids(
+        self, input_ids: torch.Tensor, processed: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int]:
+        ids = torch.as_tensor(input_ids).reshape(1, -1)
+        grids = processed.get("image_grid_thw")
+        image = ids == self.image_token_id
+        if grids is None or not bool(image.any()):
+            length = int(ids.shape[-1])
+            return torch.arange(length).expand(3, -1).contiguous(), length
+        positions, _ = Unbound(self.config).get_rope_index(
+            ids,
+            mm_token_type_ids=image.to(torch.int32),
+            image_grid_thw=torch.as_tensor(grids).reshape(-1, 3),
+        )
+        return positions[:, 0].contiguous(), int(positions.max()) + 1
+
+
+class Unbound:
+    """The methods of the family's model class, callable with a configuration instead of a model."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        from transformers import MODEL_MAPPING
+
+        self.config = config
+        self._class = MODEL_MAPPING[type(config)]
+
+    @property
+    def module(self) -> Any:
+        """The Python module that defines the family's model class."""
+        return sys.modules[self._class.__module__]
+
+    def __getattr__(self, name: str) -> Any:
+        value = inspect.getattr_static(self._class, name)
+        return value.__get__(self, self._class) if hasattr(value, "__get__") else value

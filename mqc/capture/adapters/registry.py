@@ -1,0 +1,51 @@
+"""Which adapter belongs to which model type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from mqc.capture.adapters.base import Adapter
+from mqc.errors import CheckpointError
+
+_REGISTRY: dict[str, type[Adapter]] = {}
+
+
+def register(*model_types: str) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Class decorator: use the adapter for configurations of these ``model_type``.
+
+    A name ``"model_type:tower"`` is for that model with a vision tower of type ``tower`` and goes
+    before ``"model_type"``.
+    """
+
+    def add(adapter: type[Adapter]) -> type[Adapter]:
+        for model_type in model_types:
+            _REGISTRY[model_type] = adapter
+        return adapter
+
+    return add
+
+
+def is_registered(model_type: str) -> bool:
+    """Whether somebody has said which adapter fits ``model_type``; others get the default."""
+    return model_type in _REGISTRY
+
+
+def adapter_for(config: PretrainedConfig | str | Path) -> Adapter:
+    """The adapter of a configuration, or of a folder that holds a ``config.json``.
+
+    Raises :class:`CheckpointError` where the folder has no readable configuration.
+    """
+    if isinstance(config, (str, Path)):
+        try:
+            config = AutoConfig.from_pretrained(str(config), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"no usable config.json in {config}: {error}",
+                hint="give a folder in the Hugging Face layout",
+            ) from error
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    default = _REGISTRY.get(config.model_type, Adapter)
+    return _REGISTRY.get(f"{config.model_type}:{tower}", default)(config)
