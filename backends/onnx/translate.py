@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import onnx
@@ -12,7 +13,7 @@ import mqc.backends.onnx.rules_math  # noqa: F401  (registers rules)
 from mqc.backends.onnx.builder import ONNX_DTYPE, Builder, Unsupported, type_of
 from mqc.backends.onnx.rules import RULES, Call
 from mqc.backends.onnx.rules_math import size_rule
-from mqc.ir import Component, TensorType
+from mqc.ir import TUPLE, Component, TensorType
 from mqc.ir.types import Dim
 from mqc.ops import OPS
 
@@ -38,6 +39,11 @@ def translate(component: Component) -> onnx.ModelProto:
             builder.names[node] = str(node.target)
         elif node.op == "placeholder":
             builder.names[node] = str(node.target)
+        elif node.meta.get("type") == TUPLE:
+            builder.enter(node)
+            _several(builder, node, ports)
+        elif node.target is operator.getitem and node.args[0].meta.get("type") == TUPLE:
+            continue  # named with the call that makes it
         elif node.op == "call_function":
             start = len(builder.nodes)
             builder.enter(node)
@@ -67,7 +73,7 @@ def _translate(builder: Builder, node: fx.Node) -> str:
     if found is not None:
         return found(builder, Call(node))
     if str(node.target).startswith("mqc."):
-        return _own(builder, node)
+        return _own(builder, node)[0]
     raise Unsupported(f"{node.target} has no rule")
 
 
@@ -83,7 +89,29 @@ class _Operand(NamedTuple):
         return cls(kind.shape, TensorProto.DataType.Name(ONNX_DTYPE[kind.dtype]))
 
 
-def _own(builder: Builder, node: fx.Node) -> str:
+def _several(builder: Builder, node: fx.Node, ports: dict[fx.Node, str]) -> None:
+    """A call with several results: each is named after its reader, or after its port."""
+    if not str(node.target).startswith("mqc."):
+        raise Unsupported(f"{node.target} has no rule")
+    readers = {user: _index(user) for user in node.users}
+    names = {index: user.name for user, index in readers.items()}
+    names |= {index: ports[user] for user, index in readers.items() if user in ports}
+    made = _own(builder, node)
+    missing = [index for index in names if index >= len(made)]
+    if missing:
+        raise Unsupported(f"{node.target}: result {missing[0]} is empty by definition")
+    builder.nodes[-1].output[:] = [names.get(i, name) for i, name in enumerate(made)]
+    for user, index in readers.items():
+        builder.names[user] = names[index]
+
+
+def _index(getitem: fx.Node) -> int:
+    index = getitem.args[1]
+    assert isinstance(index, int)
+    return index
+
+
+def _own(builder: Builder, node: fx.Node) -> list[str]:
     """An ``mqc::`` operator: a node of domain ai.mqc whose type names the variant."""
     op = OPS[str(node.target).split(".")[1]]
     call = Call(node)
@@ -99,5 +127,8 @@ def _own(builder: Builder, node: fx.Node) -> str:
             inputs.append(builder.constant(made[name]))
         else:
             inputs.append(builder.name(call[name.removesuffix("_in")]))
-    attributes = {name: int(call[name]) for name in op.onnx.attributes}
-    return builder("_".join((op.onnx.name, *flags)), *inputs, domain=DOMAIN, **attributes)
+    attributes = op.attributes(call._values)
+    name = builder("_".join((op.onnx.name, *flags)), *inputs, domain=DOMAIN, **attributes)
+    names = [name, *(f"{name}.{extra}" for extra in op.onnx.outputs(flags)[1:])]
+    builder.nodes[-1].output[:] = names
+    return names

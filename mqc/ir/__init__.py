@@ -4,11 +4,12 @@ from mqc.ir.params import ParamStore
 from mqc.ir.printer import format_component, format_program
 from mqc.ir.program import Component, Link, Program
 from mqc.ir.serialize import load_program, save_program
-from mqc.ir.types import SCALAR, Port, TensorType
+from mqc.ir.types import SCALAR, TUPLE, Port, TensorType
 from mqc.ir.verifier import verify
 
 __all__ = [
     "SCALAR",
+    "TUPLE",
     "Component",
     "Link",
     "ParamStore",

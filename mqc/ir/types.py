@@ -17,6 +17,9 @@ Dim = int | str
 SCALAR = "scalar"
 """``node.meta["type"]`` of a node that yields a Python number (a symbolic size)."""
 
+TUPLE = "tuple"
+"""``node.meta["type"]`` of a call with several results; ``operator.getitem`` nodes are typed."""
+
 _DTYPE_SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",

@@ -16,20 +16,37 @@ Integer convention
 - ``modality``: None; bool ``[B, S]``, True = visual (mask form); or int64 ``[B]``, the number of
   leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.
 
+Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention`, the linears' `residual`)
+are what lowering passes write for targets with kernels for them. Each is defined as the
+composition of the operators it replaces, so a lowered program gives the same bits as before.
+
 In ONNX an operator is a node of domain "ai.mqc", version 1; its op type names the variant by the
 inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_functions`).
 """
 
-from mqc.ops import embedding, hadamard, linear_a8, linear_a16, quantize_static, rank_update
+from mqc.ops import (
+    activation_quantize,
+    attention,
+    embedding,
+    hadamard,
+    linear_a8,
+    linear_a16,
+    quantize_static,
+    rank_update,
+    rms_norm_quantize,
+)
 from mqc.ops._library import OPS, OpDef
 
 __all__ = [
     "OPS",
     "OpDef",
+    "activation_quantize",
+    "attention",
     "embedding",
     "hadamard",
     "linear_a8",
     "linear_a16",
     "quantize_static",
     "rank_update",
+    "rms_norm_quantize",
 ]

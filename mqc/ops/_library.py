@@ -25,19 +25,22 @@ class OnnxForm:
         name: base op type, e.g. "LinearW4A8".
         flags: the variant of a call, in canonical order; op type = name + "_" + flags.
         inputs: input names of a variant, in order.
-        body: writes the standard-op body of a variant and returns the name of its output.
-        dtypes: tensor dtypes (ONNX names) an input may have; "float" where not listed.
+        body: writes the standard-op body of a variant and returns the names of its outputs.
+        dtypes: tensor dtypes (ONNX names) an input or output may have; "float" where not listed.
         constants: extra inputs made from a call's arguments (name -> NumPy array).
-        attributes: integer schema arguments that are kept as attributes.
+        attributes: integer and float schema arguments that are kept as attributes.
+        outputs: output names of a variant, in order. A variant may leave out the last results of
+            the operator where they are empty by definition.
     """
 
     name: str
     flags: Callable[[Arguments], tuple[str, ...]]
     inputs: Callable[[Sequence[str]], tuple[str, ...]]
-    body: Callable[[Body, Sequence[str]], str]
+    body: Callable[[Body, Sequence[str]], str | tuple[str, ...]]
     dtypes: Mapping[str, str]
     constants: Callable[[Arguments], Mapping[str, Any]] | None = None
     attributes: tuple[str, ...] = ()
+    outputs: Callable[[Sequence[str]], tuple[str, ...]] = lambda flags: ("y",)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class OpDef:
 
     name: str
     schema: str
-    reference: Callable[..., torch.Tensor]
-    fake: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     onnx: OnnxForm
 
     @property
@@ -60,6 +63,19 @@ class OpDef:
     def arguments(self) -> tuple[str, ...]:
         """Argument names in schema order."""
         return tuple(argument.name for argument in self.overload._schema.arguments)
+
+    @property
+    def results(self) -> int:
+        """How many tensors a call returns."""
+        return len(self.overload._schema.returns)
+
+    def attributes(self, arguments: Arguments) -> dict[str, int | float]:
+        """The attributes of an ONNX node by name, as the schema types them."""
+        kinds = {a.name: str(a.type) for a in self.overload._schema.arguments}
+        return {
+            name: float(arguments[name]) if kinds[name] == "float" else int(arguments[name])
+            for name in self.onnx.attributes
+        }
 
 
 OPS: dict[str, OpDef] = {}

@@ -31,6 +31,15 @@ class Body:
         """Append a Constant node."""
         return self("Constant", value=numpy_helper.from_array(np.asarray(value)))
 
+    def attribute(self, name: str) -> str:
+        """The value of the node's float attribute ``name``, a scalar."""
+        value = onnx.AttributeProto(
+            name="value_float", ref_attr_name=name, type=onnx.AttributeProto.FLOAT
+        )
+        result = self("Constant")
+        self.nodes[-1].attribute.append(value)
+        return result
+
     def axes(self, *values: int) -> str:
         """An int64 list, as shapes and axes inputs take it."""
         return self.constant(np.array(values, dtype=np.int64))
@@ -45,15 +54,21 @@ class Body:
         return self("Cast", value, to=onnx.TensorProto.DataType.Value(dtype))
 
     def function(
-        self, op_type: str, inputs: Sequence[str], output: str, attributes: Sequence[str]
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        results: Sequence[str],
+        outputs: Sequence[str],
+        attributes: Sequence[str],
     ) -> onnx.FunctionProto:
-        """The finished function of domain `ai.mqc` with the single output `y`."""
-        nodes = [*self.nodes, helper.make_node("Identity", [output], ["y"])]
+        """The finished function of domain `ai.mqc`: its ``outputs`` are the values ``results``."""
+        pairs = zip(results, outputs, strict=True)
+        nodes = [*self.nodes, *(helper.make_node("Identity", [old], [new]) for old, new in pairs)]
         return helper.make_function(
             DOMAIN,
             op_type,
             list(inputs),
-            ["y"],
+            list(outputs),
             nodes,
             [helper.make_opsetid("", OPSET)],
             list(attributes),

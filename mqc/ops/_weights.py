@@ -66,11 +66,29 @@ def add_terms(
     return y
 
 
+def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    """y + residual, which has y's shape and dtype.
+
+    Raises:
+        UsageError: where it has another shape; nothing is broadcast.
+    """
+    if residual is None:
+        return y
+    if residual.shape != y.shape or residual.dtype != y.dtype:
+        raise UsageError(
+            f"a residual {residual.dtype} {tuple(residual.shape)} does not fit a result "
+            f"{y.dtype} {tuple(y.shape)}",
+            hint="it has the shape and dtype of the linear's result",
+        )
+    return y + residual
+
+
 def weight_flags(arguments: Arguments) -> tuple[str, ...]:
-    """Variant flags of bias, split, group scales and odd K (packed weights only)."""
+    """Variant flags of bias, split, residual and group scales."""
     present = {
         "bias": arguments.get("bias") is not None,
         "split": arguments.get("x_split") is not None,
+        "residual": arguments.get("residual") is not None,
         "group": len(arguments["w_scale"].shape) == 2,
     }
     return tuple(flag for flag, on in present.items() if on)
@@ -84,7 +102,8 @@ def odd_flag(x_name: str, arguments: Arguments) -> tuple[str, ...]:
 def term_inputs(flags: Sequence[str]) -> tuple[str, ...]:
     """Trailing inputs of a variant."""
     bias = ("bias",) if "bias" in flags else ()
-    return bias + (("x_split", "w_split") if "split" in flags else ())
+    split = ("x_split", "w_split") if "split" in flags else ()
+    return bias + split + (("residual",) if "residual" in flags else ())
 
 
 def weight_body(body: Body, flags: Sequence[str], packed: bool) -> str:
@@ -104,12 +123,14 @@ def weight_body(body: Body, flags: Sequence[str], packed: bool) -> str:
 
 
 def terms_body(body: Body, y: str, flags: Sequence[str]) -> str:
-    """y + bias + x_split @ w_split^T."""
+    """y + bias + x_split @ w_split^T + residual."""
     if "bias" in flags:
         y = body("Add", y, "bias")
     if "split" in flags:
         term = body("MatMul", "x_split", body("Transpose", "w_split", perm=[1, 0]))
         y = body("Add", y, term)
+    if "residual" in flags:
+        y = body("Add", y, "residual")
     return y
 
 

@@ -32,17 +32,22 @@ def _flags(arguments: Arguments) -> tuple[str, ...]:
     return (f"f{len(hadamard_factors(int(arguments['block'])))}",)
 
 
-def _count(flags: Sequence[str]) -> int:
-    return int(flags[0][1:])
+def factor_inputs(flags: Sequence[str]) -> tuple[str, ...]:
+    """Names of the factors of a variant, by its flag f0, f1, ..."""
+    count = next(int(flag[1:]) for flag in flags if flag[0] == "f" and flag[1:].isdigit())
+    return tuple(f"factor{i}" for i in range(count))
 
 
 def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
-    return ("x", *(f"factor{i}" for i in range(_count(flags))))
+    return ("x", *factor_inputs(flags))
 
 
 def _constants(arguments: Arguments) -> Mapping[str, Any]:
+    return factor_constants(int(arguments["block"]))
+
+
+def factor_constants(block: int) -> Mapping[str, Any]:
     """Factors as float32 matrices, 1 / sqrt(block) folded into the last one."""
-    block = int(arguments["block"])
     factors = [f.numpy().astype(np.float32) for f in hadamard_factors(block)]
     if factors:
         factors[-1] = factors[-1] * np.float32(1.0 / math.sqrt(block))
@@ -50,21 +55,25 @@ def _constants(arguments: Arguments) -> Mapping[str, Any]:
 
 
 def _body(body: Body, flags: Sequence[str]) -> str:
+    return hadamard_body(body, "x", flags)
+
+
+def hadamard_body(body: Body, x: str, flags: Sequence[str]) -> str:
     """One MatMul a factor: the last on the right of the last axis, the others from the left."""
-    count = _count(flags)
+    count = len(factor_inputs(flags))
     if count == 0:
-        return "x"
+        return x
     sizes = [body.dim(f"factor{i}", 0) for i in range(count)]
     minus = body.axes(-1)
     last = f"factor{count - 1}"  # symmetric, or the only one: transposed below
-    y = body("Reshape", "x", body("Concat", minus, sizes[-1], axis=0))
+    y = body("Reshape", x, body("Concat", minus, sizes[-1], axis=0))
     y = body("MatMul", y, body("Transpose", last, perm=[1, 0]))
     right = sizes[-1]
     for i in reversed(range(count - 1)):
         y = body("Reshape", y, body("Concat", minus, sizes[i], right, axis=0))
         y = body("MatMul", f"factor{i}", y)
         right = body("Mul", right, sizes[i])
-    return body("Reshape", y, body("Shape", "x"))
+    return body("Reshape", y, body("Shape", x))
 
 
 OP = register(

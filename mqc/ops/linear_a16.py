@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mqc.ops._library import Arguments, OnnxForm, OpDef, register
 from mqc.ops._weights import (
+    add_residual,
     add_terms,
     compute_dtype,
     grouped_weight_body,
@@ -34,11 +35,15 @@ def _linear(
     bias: Tensor | None,
     x_split: Tensor | None,
     w_split: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x @ (q * w_scale)^T + bias + x_split @ w_split^T; x's dtype, computed in float32 or 64.
+    """x @ (q * w_scale)^T + bias + x_split @ w_split^T + residual, in x's dtype.
+
+    Computed in float32, or float64 for a float64 x; the residual is added last, in x's dtype.
 
     Args:
         packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K].
+        residual: [..., N] in x's dtype.
         x: float [..., K].
         w_scale: [N] or [N, G].
 
@@ -51,7 +56,8 @@ def _linear(
     groups = groups_of(w_scale, n, k)
     scale = w_scale.to(dtype).reshape(n, groups, 1)
     weight = (weight.reshape(n, groups, -1) * scale).reshape(n, k)
-    return add_terms(x.to(dtype) @ weight.T, bias, x_split, w_split).to(x.dtype)
+    y = add_terms(x.to(dtype) @ weight.T, bias, x_split, w_split).to(x.dtype)
+    return add_residual(y, residual)
 
 
 def fake(
@@ -61,6 +67,7 @@ def fake(
     bias: Tensor | None,
     x_split: Tensor | None,
     w_split: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Shape function: x's rows times N, x's dtype."""
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
@@ -89,7 +96,7 @@ def _body(packed: bool, body: Body, flags: Sequence[str]) -> str:
 
 _SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor w_scale, Tensor? bias, Tensor? x_split, "
-    "Tensor? w_split) -> Tensor"
+    "Tensor? w_split, Tensor? residual=None) -> Tensor"
 )
 
 

@@ -14,6 +14,7 @@ from mqc.errors import UsageError
 from mqc.ops._library import Arguments, OnnxForm, OpDef, register
 from mqc.ops._modality import modality_flag, modality_inputs, row_scale, row_scale_body
 from mqc.ops._weights import (
+    add_residual,
     add_terms,
     compute_dtype,
     grouped_weight_body,
@@ -62,8 +63,9 @@ def _linear(
     bias: Tensor | None,
     x_split: Tensor | None,
     w_split: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """(xq . w^T) * w_scale * x_scale[row] + bias + x_split @ w_split^T, in w_scale's dtype.
+    """(xq . w^T) * w_scale * x_scale[row] + bias + x_split @ w_split^T + residual; w_scale's dtype.
 
     Args:
         packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K].
@@ -71,6 +73,7 @@ def _linear(
         w_scale: [N] or [N, G]; with groups, the group products are scaled, then summed.
         x_scale, modality: see `mqc.ops`.
         x_split, w_split: [..., k] and [N, k], a rank-k term in float.
+        residual: [..., N] in w_scale's dtype, added last.
 
     Raises:
         UsageError: on dtypes or shapes that do not fit.
@@ -88,7 +91,8 @@ def _linear(
         span = slice(g * size, (g + 1) * size)
         y += integer_matmul(xq[..., span], weight[:, span], bound).to(scale.dtype) * scale[:, g]
     y *= row_scale(xq, x_scale, modality).to(scale.dtype)
-    return add_terms(y, bias, x_split, w_split).to(w_scale.dtype)
+    y = add_terms(y, bias, x_split, w_split).to(w_scale.dtype)
+    return add_residual(y, residual)
 
 
 def fake(
@@ -100,6 +104,7 @@ def fake(
     bias: Tensor | None,
     x_split: Tensor | None,
     w_split: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Shape function: xq's rows times N, in w_scale's dtype."""
     return xq.new_empty((*xq.shape[:-1], qweight.shape[0]), dtype=w_scale.dtype)
@@ -165,7 +170,7 @@ def _grouped_product(body: Body, x: str, weight: str, zero_point: str) -> str:
 
 _SCHEMA = (
     "(Tensor xq, Tensor qweight, Tensor w_scale, Tensor x_scale, Tensor? modality, "
-    "Tensor? bias, Tensor? x_split, Tensor? w_split) -> Tensor"
+    "Tensor? bias, Tensor? x_split, Tensor? w_split, Tensor? residual=None) -> Tensor"
 )
 
 

@@ -23,23 +23,24 @@ import onnxscript.values
 import torch
 
 from mqc.errors import TargetError
-from mqc.ops._library import OPS, OnnxForm, OpDef
+from mqc.ops._library import OPS, OpDef
 from mqc.ops._onnx_body import DOMAIN, DOMAIN_VERSION, OPSET, Body
 
 _TYPES = {
     "float": ["tensor(float)"],
     "q8": ["tensor(int8)", "tensor(uint8)"],
+    "bool": ["tensor(bool)"],
     "bool|int64": ["tensor(bool)", "tensor(int64)"],
     "int64": ["tensor(int64)"],
 }
 
 
-def _parse(op_type: str) -> tuple[OnnxForm, tuple[str, ...]]:
+def _parse(op_type: str) -> tuple[OpDef, tuple[str, ...]]:
     """Split an op type into its operator and variant flags."""
     name, *flags = op_type.split("_")
     for op in OPS.values():
         if op.onnx.name == name:
-            return op.onnx, tuple(flags)
+            return op, tuple(flags)
     raise TargetError(
         f"{DOMAIN}::{op_type} is not an operator of this version of mqc",
         hint="compile the model again with the installed version",
@@ -48,8 +49,14 @@ def _parse(op_type: str) -> tuple[OnnxForm, tuple[str, ...]]:
 
 def variant_inputs(op_type: str) -> tuple[str, ...]:
     """Names of a variant's inputs, in order; what a native kernel of that name receives."""
-    form, flags = _parse(op_type)
-    return form.inputs(flags)
+    op, flags = _parse(op_type)
+    return op.onnx.inputs(flags)
+
+
+def variant_outputs(op_type: str) -> tuple[str, ...]:
+    """Names of a variant's outputs, in order."""
+    op, flags = _parse(op_type)
+    return op.onnx.outputs(flags)
 
 
 def function_proto(op_type: str) -> onnx.FunctionProto:
@@ -58,10 +65,11 @@ def function_proto(op_type: str) -> onnx.FunctionProto:
     Raises:
         TargetError: on an op type that is not mqc's.
     """
-    form, flags = _parse(op_type)
-    body = Body()
-    output = form.body(body, flags)
-    return body.function(op_type, form.inputs(flags), output, form.attributes)
+    op, flags = _parse(op_type)
+    form, body = op.onnx, Body()
+    made = form.body(body, flags)
+    results = (made,) if isinstance(made, str) else made
+    return body.function(op_type, form.inputs(flags), results, form.outputs(flags), form.attributes)
 
 
 def _nodes(graph_nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -93,7 +101,10 @@ def attach_functions(model: onnx.ModelProto) -> None:
 
 def _schema(op_type: str) -> onnx.defs.OpSchema:
     """The schema torch.onnx needs to build a node of a variant."""
-    form, flags = _parse(op_type)
+    op, flags = _parse(op_type)
+    form = op.onnx
+    kinds = {a.name: str(a.type) for a in op.overload._schema.arguments}
+    attribute = onnx.defs.OpSchema.AttrType
     parameter = onnx.defs.OpSchema.FormalParameter
     constraints: list[tuple[str, list[str], str]] = []
 
@@ -106,10 +117,12 @@ def _schema(op_type: str) -> onnx.defs.OpSchema:
         DOMAIN,
         DOMAIN_VERSION,
         inputs=[typed(name) for name in form.inputs(flags)],
-        outputs=[typed("y")],
+        outputs=[typed(name) for name in form.outputs(flags)],
         type_constraints=constraints,
         attributes=[
-            onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT)
+            onnx.defs.OpSchema.Attribute(
+                name, attribute.FLOAT if kinds[name] == "float" else attribute.INT
+            )
             for name in form.attributes
         ],
     )
@@ -141,8 +154,14 @@ def _translation(op: OpDef) -> Callable[..., Any]:
                 values[name] = standard.Constant(value=tensor)
         names = variant_inputs(op_type)
         inputs = [values[name.removesuffix("_in")] for name in names]
-        attributes = {name: int(arguments[name]) for name in form.attributes}
-        return onnxscript.values.Op(opset, op_type, _schema(op_type))(*inputs, **attributes)
+        call = onnxscript.values.Op(opset, op_type, _schema(op_type))
+        made = call(*inputs, **op.attributes(arguments))
+        if op.results == 1:
+            return made
+        results = list(made) if isinstance(made, (tuple, list)) else [made]
+        # What a variant leaves out has no elements; a graph that reads it gets just that.
+        empty = standard.Constant(value=onnx.numpy_helper.from_array(np.zeros(0, np.float32)))
+        return tuple(results + [empty] * (op.results - len(results)))
 
     return translate
 

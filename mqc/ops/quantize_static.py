@@ -35,7 +35,8 @@ def fake(x: Tensor, scale: Tensor, modality: Tensor | None, unsigned: bool = Fal
     return x.new_empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
 
 
-def _flags(arguments: Arguments) -> tuple[str, ...]:
+def quantize_flags(arguments: Arguments) -> tuple[str, ...]:
+    """Variant flags of the modality and of the unsigned form."""
     unsigned = ("u8",) if arguments.get("unsigned") else ()
     return modality_flag("scale", arguments) + unsigned
 
@@ -50,14 +51,19 @@ def _body(body: Body, flags: Sequence[str]) -> str:
     ONNX has no row-wise scale, so by modality x is divided first and quantized with scale 1:
     the one rounding division is the same.
     """
+    return quantize_body(body, "x", flags)
+
+
+def quantize_body(body: Body, x: str, flags: Sequence[str]) -> str:
+    """``x`` quantized by the variant's input ``scale``, by row where it has a modality."""
     unsigned = "u8" in flags
     zero_point = np.uint8(ZERO_POINT) if unsigned else np.int8(0)
     lowest = np.uint8(ZERO_POINT - 127) if unsigned else np.int8(-127)
-    rows = row_scale_body(body, "x", "scale", flags)
+    rows = row_scale_body(body, x, "scale", flags)
     if rows is None:
-        x, scale = "x", body("Squeeze", "scale", body.axes(0))
+        scale = body("Squeeze", "scale", body.axes(0))
     else:
-        x, scale = body("Div", "x", rows), body.constant(np.float32(1))
+        x, scale = body("Div", x, rows), body.constant(np.float32(1))
     q = body("QuantizeLinear", x, scale, body.constant(zero_point))
     return body("Clip", q, body.constant(lowest))
 
@@ -68,6 +74,8 @@ OP = register(
         "(Tensor x, Tensor scale, Tensor? modality, bool unsigned=False) -> Tensor",
         reference,
         fake,
-        OnnxForm("QuantizeStatic", _flags, _inputs, _body, {"modality": "bool|int64", "y": "q8"}),
+        OnnxForm(
+            "QuantizeStatic", quantize_flags, _inputs, _body, {"modality": "bool|int64", "y": "q8"}
+        ),
     )
 )

@@ -87,6 +87,13 @@ def calls() -> dict[str, tuple[object, ...]]:
         "linear_w4a16": (x, pack_int4(q), scale[:, None], *terms),
         "linear_w8a16": (x, q, scale, None, None, None),
         "rank_update": (torch.randn(1, 3, 5), *terms[1:]),
+        "rms_norm_quantize": (x, 1e-6, torch.ones(2), mask, torch.tensor([1])),
+        "activation_quantize": (x, "silu", True, 4, one, None, None),
+        "attention": (
+            *(x.reshape(1, 3, 4, 2), None, None),
+            *(torch.randn(1, 1, 7, 2), torch.randn(1, 1, 7, 2), torch.tensor([4])),
+            *(torch.ones(1, 1, 3, 7, dtype=torch.bool), x[..., :2], x[..., :2], 0.5, "half"),
+        ),
         "embedding_w8": (torch.tensor([[0, 4]]), q, scale),
     }
 

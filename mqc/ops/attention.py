@@ -1,0 +1,274 @@
+"""mqc::attention: rotary embedding, cache update and grouped attention in one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mqc.errors import UsageError
+from mqc.ops._library import Arguments, OnnxForm, OpDef, register
+
+if TYPE_CHECKING:
+    from mqc.ops._onnx_body import Body
+
+ROTARY = ("none", "half", "interleaved")
+FORBIDDEN = np.float32(torch.finfo(torch.float32).min)
+"""Additive mask of a key that a row may not attend."""
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
+    """Rotary embedding of the first R of D columns; x [B, H, S, D], cos and sin [B, 1, S, R].
+
+    "half": column i turns with i + R/2; "interleaved": column 2i with 2i + 1. x * cos + t * sin,
+    where t is x with the partner's value, negated in the first of each pair.
+    """
+    size = cos.shape[-1]
+    turned, kept = x[..., :size], x[..., size:]
+    if rotary == "half":
+        other = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], dim=-1)
+    else:
+        other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
+    turned = turned * cos + other * sin
+    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+
+
+def heads_of(
+    q: Tensor, k: Tensor | None, v: Tensor | None, key_cache: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as [B, heads, S, D]; packed ones (k and v None) are taken apart.
+
+    Raises:
+        UsageError: where the heads do not fit the cache's.
+    """
+    groups = key_cache.shape[1]
+    if (k is None) != (v is None):
+        raise UsageError("k and v come together, or packed in q: one of the two is missing")
+    if k is None or v is None:
+        q, k, v = q.split([q.shape[2] - 2 * groups, groups, groups], dim=2)
+    if k.shape[2] != groups or q.shape[2] < groups or q.shape[2] % groups:
+        raise UsageError(
+            f"{q.shape[2]} query and {k.shape[2]} key heads do not fit a cache of {groups} heads",
+            hint="key heads are the cache's, and divide the query heads",
+        )
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _append(cache: Tensor, new: Tensor, past: int, keys: int) -> Tensor:
+    """``cache`` with ``new`` at rows past.., grown to ``keys`` rows where it is shorter."""
+    end = past + new.shape[2]
+    if past > cache.shape[2] or (keys > cache.shape[2] and keys != end):
+        raise UsageError(
+            f"a cache of {cache.shape[2]} rows does not hold {past} past rows and {keys} keys",
+            hint="give the cache as many rows as the mask has columns, or exactly `past`",
+        )
+    return torch.cat([cache[:, :, :past], new.to(cache.dtype), cache[:, :, end:]], dim=2)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    past: Tensor,
+    mask: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    rotary: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(scale * rot(q) K^T, where mask) V, with K and V the past rows and the new ones.
+
+    Query head h attends key head h // (Hq / Hkv). Nothing is repeated.
+
+    Args:
+        q: float [B, S, Hq, D]; or [B, S, Hq + 2 Hkv, D], keys and values packed after the queries.
+        k, v: float [B, S, Hkv, D] and [B, S, Hkv, Dv], or None where packed.
+        key_cache, value_cache: [B, Hkv, C, D] and [B, Hkv, C, Dv]; rows from ``past`` on are not
+            read. Keys in the cache are rotated.
+        past: int64 [1], the same for all sequences.
+        mask: bool [B, 1, S, M], True = may attend, M >= past + S; column j is key row j. Columns
+            from past + S on are ignored.
+        cos, sin: [B or 1, S, R], R <= D even; None with rotary "none".
+        scale: of the scores.
+        rotary: "none", "half" or "interleaved" (:func:`rotate`).
+
+    Returns:
+        (out [B, S, Hq * Dv], key cache, value cache). The caches have max(C, M) rows: where the
+        given ones are too short they grow, which is possible for M = past + S. Kernels may write
+        the new rows in place, where input and output cache are the same memory.
+
+    Raises:
+        UsageError: on arguments that do not fit each other.
+    """
+    if rotary not in ROTARY or (rotary == "none") != (cos is None or sin is None):
+        raise UsageError(
+            f"rotary {rotary!r} does not fit the given angles",
+            hint="cos and sin come with half or interleaved, and not with none",
+        )
+    q, k, v = heads_of(q, k, v, key_cache)
+    if cos is not None and sin is not None:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary)
+    start = int(past.item())
+    end = start + q.shape[2]
+    if mask.shape[3] < end:
+        raise UsageError(f"a mask of {mask.shape[3]} columns for {end} keys")
+    key_cache = _append(key_cache, k, start, mask.shape[3])
+    value_cache = _append(value_cache, v, start, mask.shape[3])
+    repeats = q.shape[1] // k.shape[1]
+    out = torch.ops.aten.scaled_dot_product_attention.default(
+        q,
+        _repeat(key_cache[:, :, :end], repeats),
+        _repeat(value_cache[:, :, :end], repeats),
+        mask[..., :end],
+        scale=scale,
+    )
+    return out.transpose(1, 2).flatten(2), key_cache, value_cache
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """Every head ``times`` times, as models write it: the oracle computes what they compute."""
+    batch, groups, rows, width = x.shape
+    wide = x[:, :, None].expand(batch, groups, times, rows, width)
+    return wide.reshape(batch, groups * times, rows, width)
+
+
+def fake(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    past: Tensor,
+    mask: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    rotary: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape function: the output and the caches, as long as the longer of cache and mask."""
+    heads = q.shape[2] if k is not None else q.shape[2] - 2 * key_cache.shape[1]
+    rows = torch.sym_max(key_cache.shape[2], mask.shape[3])
+    caches = [c.new_empty((*c.shape[:2], rows, c.shape[3])) for c in (key_cache, value_cache)]
+    out = q.new_empty((*q.shape[:2], heads * value_cache.shape[3]))
+    return out, caches[0], caches[1]
+
+
+def _flags(arguments: Arguments) -> tuple[str, ...]:
+    packed = ("packed",) if arguments.get("k") is None else ()
+    rotary = str(arguments["rotary"])
+    if rotary == "none":
+        return packed
+    partial = arguments["cos"].shape[-1] != arguments["q"].shape[-1]
+    return (*packed, rotary, *(("partial",) if partial else ()))
+
+
+def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
+    apart = () if "packed" in flags else ("k", "v")
+    angles = ("cos", "sin") if "half" in flags or "interleaved" in flags else ()
+    return ("q", *apart, "key_cache", "value_cache", "past", "mask", *angles)
+
+
+def _slice(body: Body, x: str, start: str, end: str, axis: int, step: int = 1) -> str:
+    return body("Slice", x, start, end, body.axes(axis), body.axes(step))
+
+
+def _end(body: Body) -> str:
+    return body.axes(np.iinfo(np.int64).max)
+
+
+def _rotate_body(body: Body, x: str, flags: Sequence[str]) -> str:
+    """:func:`rotate` of [B, S, H, D], before heads and tokens change places."""
+    zero, two, end = body.axes(0), body.axes(2), _end(body)
+    size = body.dim("cos", -1)
+    turned = _slice(body, x, zero, size, -1) if "partial" in flags else x
+    cos, sin = (body("Unsqueeze", name, two) for name in ("cos", "sin"))
+    if "half" in flags:
+        half = body("Div", size, two)
+        second = body("Neg", _slice(body, turned, half, end, -1))
+        other = body("Concat", second, _slice(body, turned, zero, half, -1), axis=-1)
+    else:
+        odd = body("Neg", _slice(body, turned, body.axes(1), end, -1, 2))
+        last = body.axes(-1)
+        pairs = (odd, _slice(body, turned, zero, end, -1, 2))
+        stacked = body("Concat", *(body("Unsqueeze", part, last) for part in pairs), axis=-1)
+        other = body("Reshape", stacked, body("Shape", turned))
+    y = body("Add", body("Mul", turned, cos), body("Mul", other, sin))
+    if "partial" in flags:
+        y = body("Concat", y, _slice(body, x, size, end, -1), axis=-1)
+    return y
+
+
+def _append_body(body: Body, cache: str, new: str) -> str:
+    """The cache with the new rows; it grows where it has no rows left."""
+    stop = body("Add", "past", body.dim("q", 1))
+    head = _slice(body, cache, body.axes(0), "past", 2)
+    tail = _slice(body, cache, stop, _end(body), 2)
+    return body("Concat", head, new, tail, axis=2)
+
+
+def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
+    """Grouped query heads are stacked along tokens: one product a key head, nothing repeated.
+
+    Scores are made of all rows of the cache, so that no row is copied out of it; those after
+    the mask's columns are forbidden.
+    """
+    groups, end = body.dim("key_cache", 1), _end(body)
+    q, k, v = "q", "k", "v"
+    if "packed" in flags:
+        minus = body("Neg", groups)
+        first = body("Mul", minus, body.axes(2))
+        k, v = _slice(body, "q", first, minus, 2), _slice(body, "q", minus, end, 2)
+        q = _slice(body, "q", body.axes(0), first, 2)
+    if "half" in flags or "interleaved" in flags:
+        q, k = _rotate_body(body, q, flags), _rotate_body(body, k, flags)
+    swap = [0, 2, 1, 3]
+    keys = _append_body(body, "key_cache", body("Transpose", k, perm=swap))
+    values = _append_body(body, "value_cache", body("Transpose", v, perm=swap))
+    scaled = body("Mul", body("Transpose", q, perm=swap), body.attribute("scale"))
+    heads, minus_one, zero = body.dim(scaled, 1), body.axes(-1), body.axes(0)
+    width = body.dim(keys, 3)
+    stacked = body("Reshape", scaled, body("Concat", zero, groups, minus_one, width, axis=0))
+    scores = body("MatMul", stacked, body("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = body("Add", scores, _mask_body(body, keys, body("Div", heads, groups)))
+    out = body("MatMul", body("Softmax", scores, axis=-1), values)
+    shape = body("Concat", zero, heads, minus_one, body.dim(values, 3), axis=0)
+    rows = body("Transpose", body("Reshape", out, shape), perm=swap)
+    return body("Reshape", rows, body.axes(0, 0, -1)), keys, values
+
+
+def _mask_body(body: Body, keys: str, repeats: str) -> str:
+    """The mask as numbers to add, [B, 1, repeats * S, rows of the cache]."""
+    allowed = body("Where", "mask", body.constant(np.float32(0)), body.constant(FORBIDDEN))
+    stop = body("Add", "past", body.dim("q", 1))
+    known = _slice(body, allowed, body.axes(0), stop, 3)
+    more = body("Sub", body.dim(keys, 2), stop)
+    pads = body("Concat", body.axes(0, 0, 0, 0, 0, 0, 0), more, axis=0)
+    padded = body("Pad", known, pads, body.constant(FORBIDDEN))
+    return body("Tile", padded, body("Concat", body.axes(1, 1), repeats, body.axes(1), axis=0))
+
+
+OP = register(
+    OpDef(
+        "attention",
+        "(Tensor q, Tensor? k, Tensor? v, Tensor key_cache, Tensor value_cache, Tensor past, "
+        "Tensor mask, Tensor? cos, Tensor? sin, float scale, str rotary) "
+        "-> (Tensor out, Tensor new_key_cache, Tensor new_value_cache)",
+        reference,
+        fake,
+        OnnxForm(
+            "Attention",
+            _flags,
+            _inputs,
+            _body,
+            {"past": "int64", "mask": "bool"},
+            attributes=("scale",),
+            outputs=lambda flags: ("out", "new_key_cache", "new_value_cache"),
+        ),
+    )
+)
