@@ -34,7 +34,7 @@ def component_samples(
     if name == "vision":
         samples = [_cast(program, name, call) for p in prompts for call in p.vision_calls]
     elif name == "embed":
-        samples = [{"input_ids": prompt.input_ids[None]} for prompt in prompts]
+        samples = [{"input_ids": p.input_ids.masked_fill(p.visual_mask, 0)[None]} for p in prompts]
     else:
         recorder = _Recorder(program)
         for prompt in prompts:

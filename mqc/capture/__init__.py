@@ -10,11 +10,12 @@ width of the language model):
     ``input_ids`` int64 [batch, tokens] -> ``embeddings`` [batch, tokens, hidden].
 ``decoder``
     ``inputs_embeds`` [batch, tokens, hidden], ``position_ids`` int64 [batch, tokens] or
-    [3, batch, tokens], ``mask`` bool [batch, 1, tokens, past + tokens] (True: may attend; every
-    row attends to itself), ``logit_index`` int64 [batch, rows] (rows the head is computed for),
-    ``past_key_i``, ``past_value_i`` [batch, kv heads, past, head dim] -> ``logits``
-    [batch, rows, vocabulary], ``present_key_i``, ``present_value_i``
-    [batch, kv heads, past + tokens, head dim]. One graph for prefill, chunks and decoding.
+    [3, batch, tokens], ``mask`` bool [batch, masks, tokens, past + tokens] (True: may attend; every
+    row attends to itself; one mask for each of ``facts["attention_windows"]``), ``logit_index``
+    int64 [batch, rows] (rows the head is computed for), ``past_key_i``, ``past_value_i``
+    [batch, kv heads, past, head dim] -> ``logits`` [batch, rows, vocabulary], ``present_key_i``,
+    ``present_value_i`` [batch, kv heads, past + tokens, head dim]. One graph for prefill, chunks
+    and decoding.
 """
 
 from __future__ import annotations

@@ -17,7 +17,13 @@ from transformers import (
 )
 
 from mqc.capture.adapters import Adapter, adapter_for, is_registered
-from mqc.capture.export import cache_shape, export_decoder, export_embed, export_vision
+from mqc.capture.export import (
+    cache_shape,
+    export_decoder,
+    export_embed,
+    export_vision,
+    side_names,
+)
 from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
 from mqc.capture.skeleton import Skeleton, build_skeleton
@@ -151,7 +157,7 @@ def capture(
     return Program(
         {name: item.component for name, item in imported.items()},
         params,
-        list(LINKS),
+        [*LINKS, *(Link(("vision", n), ("decoder", n)) for n in side_names(source.adapter))],
         facts,
         dtype,
     )

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mqc.capture.adapters import Adapter, DynamicSize
+from mqc.capture.adapters import Adapter, DynamicSize, Features
 from mqc.capture.skeleton import Skeleton
 from mqc.errors import CaptureError
 
@@ -47,14 +47,13 @@ class _Wrapper(nn.Module):
 
 
 class _Vision(_Wrapper):
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> Features:
         return self.adapter.image_embeds(self.m, *inputs)
 
 
 class _Embed(_Wrapper):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeddings: torch.Tensor = self.m.get_input_embeddings()(input_ids)
-        return embeddings
+        return self.adapter.embed(self.m, input_ids)
 
 
 class _Decoder(_Wrapper):
@@ -64,6 +63,7 @@ class _Decoder(_Wrapper):
         position_ids: torch.Tensor,
         mask: torch.Tensor,
         logit_index: torch.Tensor,
+        side: list[torch.Tensor],
         past: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         cache = DynamicCache()
@@ -71,17 +71,24 @@ class _Decoder(_Wrapper):
             cache.layers.append(_filled(key, value))
         kinds = list(self.adapter.attention_kinds())
         masks = {kind: mask[:, place : place + 1] for place, kind in enumerate(kinds)}
-        output = self.m.get_decoder()(
+        output = _language_model(self.m)(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             attention_mask=masks if len(kinds) > 1 else mask,
             past_key_values=cache,
             use_cache=True,
+            **self.adapter.decoder_arguments(side),
         )
         hidden = output.last_hidden_state
         index = logit_index[..., None].expand(-1, -1, hidden.shape[-1])
         logits = self.m.get_output_embeddings()(hidden.gather(1, index))
         return [logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+
+
+def _language_model(model: PreTrainedModel) -> Any:
+    """The language model without its head, which some families' ``get_decoder`` returns with it."""
+    decoder = model.get_decoder()
+    return decoder if decoder.get_output_embeddings() is None else decoder.get_decoder()
 
 
 def _filled(key: torch.Tensor, value: torch.Tensor) -> DynamicLayer:
@@ -101,7 +108,8 @@ def export_vision(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> E
         sizes, dynamic = [], {}
         for axis, size in enumerate(spec.shape):
             if isinstance(size, DynamicSize):
-                dim = dims.setdefault(size.symbol, Dim(size.symbol, min=1, max=MAX_LENGTH))
+                most = size.most or MAX_LENGTH
+                dim = dims.setdefault(size.symbol, Dim(size.symbol, min=1, max=most))
                 dynamic[axis] = size.factor * dim if size.factor > 1 else dim
                 symbols[position, axis] = size.symbol
                 size = size.factor * size.example
@@ -110,7 +118,13 @@ def export_vision(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> E
         shapes.append(dynamic)
         inputs.append((spec.name, spec.axes))
     program = _export("vision", _Vision(skeleton.model, adapter), tuple(args), (tuple(shapes),))
-    return Exported("vision", program, inputs, [("image_embeds", ("token", None))], symbols)
+    names = ["image_embeds", *side_names(adapter)]
+    return Exported("vision", program, inputs, [(n, ("token", None)) for n in names], symbols)
+
+
+def side_names(adapter: Adapter) -> list[str]:
+    """Names of the visual rows that the decoder takes besides its embeddings."""
+    return [f"deepstack_{index}" for index in range(adapter.side_inputs)]
 
 
 def export_embed(skeleton: Skeleton, adapter: Adapter) -> Exported:
@@ -134,7 +148,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
     hidden = int(adapter.text_config.hidden_size)
     batch, tokens, past, rows = 3, 5, 7, 2
     b, s, p, r = _dim("batch"), _dim("tokens"), Dim("past", min=0, max=MAX_LENGTH), _dim("rows")
-    masks = len(adapter.attention_kinds())
+    masks, side = len(adapter.attention_kinds()), side_names(adapter)
     three = adapter.rope_axes == 3
     position_shape = (3, batch, tokens) if three else (batch, tokens)
     args = (
@@ -142,6 +156,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         skeleton.empty(*position_shape, dtype=torch.int64),
         skeleton.empty(batch, masks, tokens, past + tokens, dtype=torch.bool),
         skeleton.empty(batch, rows, dtype=torch.int64),
+        [skeleton.empty(batch, tokens, hidden, dtype=dtype) for _ in side],
         [skeleton.empty(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers)],
     )
     shapes = (
@@ -149,6 +164,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         {1: b, 2: s} if three else {0: b, 1: s},
         {0: b, 2: s, 3: Dim.AUTO},
         {0: b, 1: r},
+        [{0: b, 1: s}] * len(side),
         [{0: b, 2: p}] * (2 * layers),
     )
     program = _export("decoder", _Decoder(skeleton.model, adapter), args, shapes)
@@ -162,13 +178,14 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
             ("position_ids", position_axes),
             ("mask", ("batch", None, "token", "key")),
             ("logit_index", ("batch", "row")),
+            *((name, ("batch", "token", None)) for name in side),
             *((f"past_{name}", ("batch", None, "past", None)) for name in caches),
         ],
         [
             ("logits", ("batch", "row", None)),
             *((f"present_{name}", ("batch", None, "key", None)) for name in caches),
         ],
-        {(0, 0): "batch", (0, 1): "tokens", (3, 1): "rows", (4, 2): "past"},
+        {(0, 0): "batch", (0, 1): "tokens", (3, 1): "rows", (4 + len(side), 2): "past"},
     )
 
 

@@ -29,6 +29,7 @@ class Batch:
         first: int64 [B], column of each prompt's first token.
         lengths: int64 [B].
         next_position: int64 [B].
+        blocks: int64 [B, S], tokens of one number >= 0 attend each other both ways; -1: causal.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +39,7 @@ class Batch:
     first: torch.Tensor
     lengths: torch.Tensor
     next_position: torch.Tensor
+    blocks: torch.Tensor
 
     @property
     def last(self) -> torch.Tensor:
@@ -63,39 +65,58 @@ def make_batch(prompts: Sequence[Prompt], padding: Padding = "right", pad_id: in
     position_ids = torch.zeros(*prompts[0].position_ids.shape[:-1], count, size, dtype=torch.int64)
     position_ids[..., valid] = torch.cat([prompt.position_ids for prompt in prompts], dim=-1)
     next_position = torch.tensor([prompt.next_position for prompt in prompts])
-    return Batch(input_ids, visual_mask, valid, position_ids, first, lengths, next_position)
+    blocks = torch.full((count, size), -1, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        if prompt.blocks is not None:
+            blocks[row, valid[row]] = prompt.blocks
+    return Batch(input_ids, visual_mask, valid, position_ids, first, lengths, next_position, blocks)
 
 
 class KeyTable:
     """What each slot of the KV cache holds, for each sequence of a batch.
 
     Attributes:
+        windows: one entry per mask that the decoder takes (``facts["attention_windows"]``): how
+            many tokens back a row may look, itself included, or None for all.
         valid: bool [B, past], False where a slot holds a padding row's key.
         order: int64 [B, past], causal index of each slot's token. Slots need not be in causal
             order: a decoder under AIFS (MQuant, arXiv 2502.00425, section 3.3) stores the keys of
             each call visual-first.
+        rank: int64 [B, past], the same without padding: the number of tokens before this one.
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, windows: Sequence[int | None] = (None,)) -> None:
+        self.windows = tuple(windows)
         self.valid = torch.zeros(batch, 0, dtype=torch.bool)
         self.order = torch.zeros(batch, 0, dtype=torch.int64)
+        self.rank = torch.zeros(batch, 0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return int(self.valid.shape[1])
 
-    def mask(self, valid: torch.Tensor) -> torch.Tensor:
+    def mask(self, valid: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
         """Who may attend whom in a call with T new rows; ``valid``: bool [B, T].
 
-        Returns bool [B, 1, T, past + T], True = may attend. Columns of the past follow the cache,
-        columns of the new rows are in natural order. A padding row attends itself alone, so that
-        no row's softmax is empty.
+        ``blocks`` (int64 [B, T], see :class:`Batch`) lets the new rows of one block see each other
+        both ways. Returns bool [B, windows, T, past + T], True = may attend. Columns of the past
+        follow the cache, columns of the new rows are in natural order. A padding row attends
+        itself alone, so that no row's softmax is empty.
         """
         new = valid.shape[1]
-        causal = torch.ones(new, new, dtype=torch.bool).tril()
+        seen = torch.ones(new, new, dtype=torch.bool).tril().expand(len(valid), -1, -1)
+        if blocks is not None:
+            together = blocks[:, :, None] == blocks[:, None, :]
+            seen = seen | (together & (blocks >= 0)[:, :, None])
         past = self.valid[:, None, :].expand(-1, new, -1)
-        allowed = torch.cat([past, causal & valid[:, None, :]], dim=2) & valid[:, :, None]
-        allowed[:, :, len(self) :] |= torch.eye(new, dtype=torch.bool)
-        return allowed[:, None]
+        allowed = torch.cat([past, seen & valid[:, None, :]], dim=2) & valid[:, :, None]
+        rank = self._ranks(valid)
+        back = rank[:, :, None] - torch.cat([self.rank, rank], dim=1)[:, None, :]
+        masks = [
+            allowed if window is None else allowed & (back < window) for window in self.windows
+        ]
+        result = torch.stack(masks, dim=1)
+        result[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
+        return result
 
     def append(
         self, visual_mask: torch.Tensor, valid: torch.Tensor, kv_order: str | None = None
@@ -106,10 +127,36 @@ class KeyTable:
         ``"aifs"`` (visual rows first, each group in natural order).
         """
         order = torch.arange(len(self), len(self) + valid.shape[1]).expand(valid.shape)
+        rank = self._ranks(valid)
         if kv_order == AIFS:
             index = torch.argsort((~visual_mask).to(torch.int8), dim=1, stable=True)
-            order, valid = order.gather(1, index), valid.gather(1, index)
+            order, valid, rank = (v.gather(1, index) for v in (order, valid, rank))
         elif kv_order not in (None, "natural"):
             raise UsageError(f"unknown order of the KV cache: {kv_order!r}")
         self.valid = torch.cat([self.valid, valid], dim=1)
         self.order = torch.cat([self.order, order], dim=1)
+        self.rank = torch.cat([self.rank, rank], dim=1)
+
+    def _ranks(self, valid: torch.Tensor) -> torch.Tensor:
+        """Ranks of new rows: int64 [B, T]."""
+        return self.valid.sum(1, keepdim=True) + valid.to(torch.int64).cumsum(1) - 1
+
+
+def chunk_ends(blocks: torch.Tensor, step: int) -> list[int]:
+    """Where calls of about ``step`` columns end, so that none splits a block.
+
+    ``blocks``: int64 [B, S] of :class:`Batch`. Rows of one block must be in one call, for they see
+    each other both ways; a block longer than ``step`` makes its call longer.
+    """
+    size = blocks.shape[1]
+    inside = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0)
+    split = [bool(column) for column in inside.any(dim=0)]  # column i: between i and i + 1
+    ends: list[int] = []
+    start = 0
+    while start < size:
+        end = min(start + step, size)
+        while end < size and split[end - 1]:
+            end += 1
+        ends.append(end)
+        start = end
+    return ends

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mqc.errors import UsageError
-from mqc.host.batch import Batch, KeyTable, Padding, make_batch
+from mqc.host.batch import Batch, KeyTable, Padding, chunk_ends, make_batch
 from mqc.host.prompt import Prompt
 
 Cache = Sequence[Any]
@@ -52,7 +52,8 @@ class Engine(Protocol):
         Args:
             inputs_embeds: float [B, T, hidden].
             position_ids: int64 [B, T] or [3, B, T].
-            mask: bool [B, 1, T, past + T], True = may attend (:class:`KeyTable`).
+            mask: bool [B, M, T, past + T], True = may attend (:class:`KeyTable`); M is 1, or one
+                for each entry of ``facts["attention_windows"]``.
             logit_index: int64 [B, R], the rows that logits are wanted of.
             modality: bool [B, T], True = visual row; ignored by a decoder without that input.
             cache: what :meth:`empty_cache` or the last call returned.
@@ -81,9 +82,10 @@ def see(engine: Engine, calls: Sequence[Mapping[str, torch.Tensor]]) -> list[tor
     """Rows of every vision call; a tower that takes tiles gets the tiles of all calls at once.
 
     ``facts["tiles"]`` says that all inputs of the tower count tiles on their first axis, each
-    giving the same number of rows.
+    giving the same number of rows. Calls whose inputs differ in another size are made one by one.
     """
-    if not (calls and engine.facts.get("tiles")):
+    shapes = {tuple((name, *value.shape[1:]) for name, value in call.items()) for call in calls}
+    if len(shapes) != 1 or not engine.facts.get("tiles"):
         return [engine.vision(call) for call in calls]
     counts = [next(iter(call.values())).shape[0] for call in calls]
     rows = engine.vision({name: torch.cat([call[name] for call in calls]) for name in calls[0]})
@@ -96,7 +98,9 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
     Raises :class:`UsageError` where the tower gives another number of rows than the prompt has
     image tokens.
     """
-    embeds = engine.embed(batch.input_ids).clone()
+    # An image token may lie outside the vocabulary; its row is replaced anyway.
+    ids = batch.input_ids.masked_fill(batch.visual_mask, 0)
+    embeds = engine.embed(ids).clone()
     seen = iter(see(engine, [call for prompt in prompts for call in prompt.vision_calls]))
     for index, prompt in enumerate(prompts):
         wanted = int(prompt.visual_mask.sum())
@@ -138,26 +142,28 @@ def read(
     """Run the decoder over a merged batch; return logits of ``rows`` (int64 [B, R] columns).
 
     Returns (logits float32 on the CPU [B, R, vocab], cache, keys). Chunks give the same result as
-    one call; each asks for as many logits rows as it holds at most.
+    one call; each asks for as many logits rows as it holds at most. A chunk is longer where it
+    would split a block of tokens that attend each other both ways.
     """
     if chunk is not None and chunk < 1:
         raise UsageError(f"a chunk of {chunk} tokens is not possible", hint="use 1 or more")
     count, size = batch.valid.shape
-    step = chunk or size
-    cache, keys = engine.empty_cache(count), KeyTable(count)
+    keys = KeyTable(count, engine.facts.get("attention_windows", (None,)))
+    cache = engine.empty_cache(count)
     result: torch.Tensor | None = None
-    for start in range(0, size, step):
-        part = slice(start, min(start + step, size))
+    start = 0
+    for end in chunk_ends(batch.blocks, chunk or size):
+        part, start = slice(start, end), end
         inside = (rows >= part.start) & (rows < part.stop)
         wanted = inside.any(dim=0)
-        index = (rows[:, wanted] - start).clamp(0, part.stop - start - 1)
+        index = (rows[:, wanted] - part.start).clamp(0, part.stop - part.start - 1)
         if not bool(wanted.any()):
             index = torch.zeros(count, 1, dtype=torch.int64)
         valid, visual = batch.valid[:, part], batch.visual_mask[:, part]
         logits, cache = engine.decoder(
             embeds[:, part],
             batch.position_ids[..., part],
-            keys.mask(valid),
+            keys.mask(valid, batch.blocks[:, part]),
             index,
             visual,
             cache,

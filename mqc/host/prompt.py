@@ -32,6 +32,8 @@ class PromptAdapter(Protocol):
         self, input_ids: torch.Tensor, processed: Mapping[str, Any]
     ) -> tuple[torch.Tensor, int]: ...
 
+    def attention_blocks(self, input_ids: torch.Tensor) -> torch.Tensor | None: ...
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -44,6 +46,8 @@ class Prompt:
         next_position: position of the first generated token.
         vision_calls: inputs of each call of the vision tower, in the order of the image tokens.
         text: the templated text, for display.
+        blocks: int64 [S], or None where attention is causal: tokens of one number >= 0 attend each
+            other both ways (the tokens of an image, say), -1 is causal.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +56,7 @@ class Prompt:
     next_position: int
     vision_calls: list[dict[str, torch.Tensor]] = field(default_factory=list)
     text: str = ""
+    blocks: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -100,11 +105,12 @@ def build_prompt(
     try:
         calls = adapter.vision_calls(processed)
         position_ids, next_position = adapter.position_ids(input_ids, processed)
+        blocks = adapter.attention_blocks(input_ids)
     except MqcError:
         raise
     except Exception as error:
         raise _refused(images, error) from error
-    return Prompt(input_ids, visual_mask, position_ids, next_position, calls, text)
+    return Prompt(input_ids, visual_mask, position_ids, next_position, calls, text, blocks)
 
 
 def append_answer(prompt: Prompt, answer_ids: Sequence[int]) -> Prompt:
@@ -113,12 +119,16 @@ def append_answer(prompt: Prompt, answer_ids: Sequence[int]) -> Prompt:
     count = len(answer)
     positions = torch.arange(prompt.next_position, prompt.next_position + count)
     positions = positions.expand(*prompt.position_ids.shape[:-1], count)
+    blocks = prompt.blocks
+    if blocks is not None:
+        blocks = torch.cat([blocks, torch.full((count,), -1)])
     return replace(
         prompt,
         input_ids=torch.cat([prompt.input_ids, answer]),
         visual_mask=torch.cat([prompt.visual_mask, torch.zeros(count, dtype=torch.bool)]),
         position_ids=torch.cat([prompt.position_ids, positions], dim=-1),
         next_position=prompt.next_position + count,
+        blocks=blocks,
     )
 
 

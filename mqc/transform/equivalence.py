@@ -83,10 +83,16 @@ def _decode(
     """One decoder call for ``embeds`` [1, tokens, hidden] after ``past`` cached tokens."""
     tokens = embeds.shape[1]
     positions = torch.arange(past, past + tokens)
-    mask = torch.arange(past + tokens)[None, :] <= positions[:, None]
+    back = positions[:, None] - torch.arange(past + tokens)[None, :]
+    # One mask a kind of layer, each with another window, as far back as 3, 5, ... tokens.
+    kinds = decoder.input("mask").type.shape[1] if decoder.has_input("mask") else 1
+    windows = [past + tokens, *range(3, 2 * int(kinds), 2)]
+    masks = torch.stack([(back >= 0) & (back < window) for window in windows])
+    if past == 0:  # visual rows see each other both ways, as some families have it
+        masks = masks | (is_visual[0, :, None] & is_visual[0, None, :])
     values = {
         "inputs_embeds": embeds,
-        "mask": mask[None, None],
+        "mask": masks[None],
         "logit_index": torch.arange(tokens)[None],
         "modality": is_visual,
     }

@@ -94,19 +94,40 @@ def test_tower_that_returns_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "kinds"),
     [
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        {"layer_types": ["linear_attention", "full_attention"]},
-        {"sliding_window": 64},
+        ({}, {"full_attention": None}),
+        ({"sliding_window": 64}, {"sliding_attention": 64}),
+        ({"sliding_window": 64, "use_sliding_window": False}, {"full_attention": None}),
+        ({"sliding_window": 4096}, {"full_attention": None}),
+        (
+            {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+            {"sliding_attention": 64, "full_attention": None},
+        ),
     ],
 )
-def test_layers_that_do_not_fit(change: dict[str, Any]) -> None:
+def test_attention_kinds(change: dict[str, Any], kinds: dict[str, int | None]) -> None:
+    """One mask per kind of layer; a window that no position reaches is none."""
     config = FAMILIES["llava"].config()
-    adapter_for(config).check()
     for key, value in change.items():
         setattr(config.text_config, key, value)
-    with pytest.raises(CaptureError, match="only full attention"):
+    adapter = adapter_for(config)
+    adapter.check()
+    assert adapter.attention_kinds() == kinds
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"attn_logit_softcapping": 30.0}, "caps its attention logits"),
+    ],
+)
+def test_layers_that_do_not_fit(change: dict[str, Any], reason: str) -> None:
+    config = FAMILIES["llava"].config()
+    for key, value in change.items():
+        setattr(config.text_config, key, value)
+    with pytest.raises(CaptureError, match=reason):
         adapter_for(config).check()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mqc.errors import UsageError
 from mqc.host import KeyTable, Prompt, decode_step, make_batch, prefill
+from mqc.host.batch import chunk_ends
 from mqc.host.engine import Cache, Engine
 
 
@@ -60,6 +61,58 @@ def test_mask_of_left_padding() -> None:
     table.append(torch.zeros_like(valid), valid)
     one = torch.ones(1, 1, dtype=torch.bool)
     assert table.mask(one)[0, 0].int().tolist() == [[0, 1, 1, 1]]
+
+
+def test_windows_count_tokens_and_not_slots() -> None:
+    """A row looks back over padding (False) without counting it, and never past its window."""
+    valid = torch.tensor([[True, True, False], [False, True, True]])
+    table = KeyTable(2, (None, 2))
+    mask = table.mask(valid).int()
+    assert mask[:, 1].tolist() == [
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]],
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
+    ]
+    table.append(torch.zeros_like(valid), valid)
+    new = table.mask(torch.ones(2, 2, dtype=torch.bool)).int()
+    assert new[:, 0].tolist() == [
+        [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+        [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]],
+    ]
+    assert new[:, 1].tolist() == [
+        [[0, 1, 0, 1, 0], [0, 0, 0, 1, 1]],
+        [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]],
+    ]
+
+
+def test_window_under_aifs_follows_tokens() -> None:
+    visual = torch.tensor([[False, True, False]])
+    table = KeyTable(1, (2,))
+    table.append(visual, torch.ones_like(visual), "aifs")
+    assert table.rank.tolist() == [[1, 0, 2]]
+    assert table.mask(torch.ones(1, 1).bool())[0, 0].int().tolist() == [[0, 0, 1, 1]]
+
+
+def test_blocks_see_each_other_both_ways() -> None:
+    valid = torch.tensor([[True, True, True, True, False]])
+    blocks = torch.tensor([[-1, 0, 0, 1, 1]])
+    full, near = KeyTable(1, (None, 2)).mask(valid, blocks)[0].int().tolist()
+    assert full == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    assert near[2] == [0, 1, 1, 0, 0] and near[1] == [1, 1, 1, 0, 0]
+
+
+def test_chunks_do_not_split_blocks() -> None:
+    blocks = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, -1]])
+    assert chunk_ends(blocks, 2) == [4, 6, 8]
+    assert chunk_ends(blocks, 3) == [4, 8]
+    assert chunk_ends(blocks, 8) == [8]
+    assert chunk_ends(torch.full((1, 5), -1), 2) == [2, 4, 5]
+    assert chunk_ends(torch.zeros(1, 5), 2) == [5]
 
 
 def test_aifs_slots() -> None:

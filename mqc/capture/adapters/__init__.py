@@ -28,12 +28,22 @@ How to write one, for a family that needs more:
 
 from __future__ import annotations
 
-from mqc.capture.adapters import any_size, features, grid, nested, packed, prefix, queries
+from mqc.capture.adapters import (
+    any_size,
+    features,
+    grid,
+    interpolated,
+    nested,
+    packed,
+    prefix,
+    queries,
+    windows,
+)
 from mqc.capture.adapters.base import Adapter, Call, DynamicSize, VisionInput
 from mqc.capture.adapters.grid import GridAdapter
 from mqc.capture.adapters.registry import adapter_for, is_registered, register
 
-register("internvl")(Adapter)
+register("internvl", "deepseek_vl")(Adapter)
 
 __all__ = [
     "Adapter",
@@ -45,10 +55,12 @@ __all__ = [
     "any_size",
     "features",
     "grid",
+    "interpolated",
     "is_registered",
     "nested",
     "packed",
     "prefix",
     "queries",
     "register",
+    "windows",
 ]

@@ -13,15 +13,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mqc.errors import CaptureError, CheckpointError
 
 Call = dict[str, torch.Tensor]
+"""Inputs of one call of the vision tower, by name."""
+
+Features = torch.Tensor | tuple[torch.Tensor, ...]
+"""What a tower gives: rows [visual_tokens, hidden], the embeddings first, then the side inputs."""
 
 
 @dataclass(frozen=True)
 class DynamicSize:
-    """A size that may change from call to call: ``factor * symbol``, ``example`` at capture."""
+    """A size that may change from call to call: ``factor * symbol``, ``example`` at capture.
+
+    ``most`` bounds the symbol where the model does (a table of positions, say).
+    """
 
     symbol: str
     factor: int = 1
     example: int = 6
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ class Adapter:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
+
+    @property
+    def side_inputs(self) -> int:
+        """Visual rows that the decoder takes besides its embeddings (``deepstack_i``): how many."""
+        return 0
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -86,6 +99,12 @@ class Adapter:
                 f"{', '.join(sorted(kinds))}; only full and sliding attention are supported",
                 hint="use a model whose layers all attend to their context",
             )
+        if getattr(self.text_config, "attn_logit_softcapping", None) is not None:
+            raise CaptureError(
+                f"the language model {self.text_config.model_type!r} caps its attention logits, "
+                "which fused attention does not compute",
+                hint="use a model without attn_logit_softcapping",
+            )
 
     def attention_kinds(self) -> dict[str, int | None]:
         """Kinds of the language model's layers -> how many tokens they look back (None: all).
@@ -121,8 +140,11 @@ class Adapter:
         shape = (DynamicSize("images", example=3), channels, height, width)
         return [VisionInput("pixel_values", shape, ("image", None, None, None))]
 
-    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> torch.Tensor:
-        """Tower and connector, traced: rows for the decoder, [visual_tokens, hidden]."""
+    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> Features:
+        """Tower and connector, traced: rows for the decoder, [visual_tokens, hidden].
+
+        A family with :attr:`side_inputs` returns as many further tensors of the same shape.
+        """
         output = base_model(model).get_image_features(inputs[0], return_dict=True)
         features = output.pooler_output
         if not isinstance(features, torch.Tensor):
@@ -132,6 +154,16 @@ class Adapter:
                 hint="write an adapter: see mqc/capture/adapters",
             )
         return features.reshape(-1, features.shape[-1])
+
+    def embed(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [batch, tokens, hidden] of token ids, traced."""
+        embeddings: torch.Tensor = model.get_input_embeddings()(input_ids)
+        return embeddings
+
+    def decoder_arguments(self, side: list[torch.Tensor]) -> dict[str, Any]:
+        """Further arguments of the decoder's call, traced; ``side``: the side inputs
+        [batch, tokens, hidden], zero in text rows."""
+        return {}
 
     # -- run time --------------------------------------------------------------------------------
 

@@ -11,7 +11,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
-from mqc.capture.adapters.base import Adapter, Call, DynamicSize, VisionInput, base_model
+from mqc.capture.adapters.base import (
+    Adapter,
+    Call,
+    DynamicSize,
+    Features,
+    VisionInput,
+    base_model,
+)
 from mqc.capture.adapters.registry import register
 from mqc.capture.segments import use_segment_attention
 
@@ -38,21 +45,34 @@ class GridAdapter(Adapter):
     def vision_inputs(self) -> list[VisionInput]:
         vision = self.vision_config
         features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = DynamicSize("blocks", self.merge**2)
         return [
-            VisionInput("pixel_values", (patches, features), ("patch", None)),
-            VisionInput("position_ids", (patches, 2), ("patch", None), torch.int64),
+            VisionInput("pixel_values", (self.patches, features), ("patch", None)),
+            VisionInput("position_ids", (self.patches, 2), ("patch", None), torch.int64),
         ]
 
-    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> torch.Tensor:
-        pixel_values, position_ids = inputs
+    @property
+    def patches(self) -> DynamicSize:
+        """The number of patches of one call: a multiple of what becomes one visual token."""
+        return DynamicSize("blocks", self.merge**2)
+
+    def geometry(self, grid: torch.Tensor) -> Call:
+        """Inputs of one call besides the pixels, for a grid int64 [1, 3] (frames, rows, columns)."""
+        return {"position_ids": get_vision_position_ids(grid, self.merge)}
+
+    def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> Features:
+        names = [spec.name for spec in self.vision_inputs()]
+        values = dict(zip(names, inputs, strict=True))
         output = base_model(model).visual(
-            pixel_values,
+            values.pop("pixel_values"),
             grid_thw=None,
-            position_ids=position_ids,
             cu_seqlens=torch.zeros(2, dtype=torch.int32),
             max_seqlen=1,
+            **values,
         )
+        return self.features(output)
+
+    def features(self, output: Any) -> Features:
+        """Rows for the decoder from what the tower returns."""
         embeds: torch.Tensor = output.pooler_output
         return embeds
 
@@ -63,7 +83,7 @@ class GridAdapter(Adapter):
         grids = torch.as_tensor(grids).reshape(-1, 3)
         pieces = torch.as_tensor(pixels).split(grids.prod(-1).tolist())
         return [
-            {"pixel_values": piece, "position_ids": get_vision_position_ids(grid[None], self.merge)}
+            {"pixel_values": piece, **self.geometry(grid[None])}
             for piece, grid in zip(pieces, grids, strict=True)
         ]
 

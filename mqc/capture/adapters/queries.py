@@ -20,7 +20,8 @@ class InstructedQueriesAdapter(Adapter):
 
     def vision_inputs(self) -> list[VisionInput]:
         (pixels,) = super().vision_inputs()
-        words = (pixels.shape[0], DynamicSize("words", example=5))
+        most = int(self.config.qformer_config.max_position_embeddings)
+        words = (pixels.shape[0], DynamicSize("words", example=5, most=most))
         names = ("qformer_input_ids", "qformer_attention_mask")
         return [pixels, *(VisionInput(n, words, ("image", None), torch.int64) for n in names)]
 
