@@ -6,8 +6,9 @@
 Per model: how many samples generate the same tokens, and how far the answer's logits are apart
 (largest difference over largest logit). Integer operators are bit-equal between the targets (tested
 in tests/ops and tests/backends); what differs is float rounding in between, and a value that lies
-within an ulp of a rounding boundary then falls to the other int8 step. Writes
-``tools/results/agreement.json``.
+within an ulp of a rounding boundary then falls to the other int8 step. The last pair is the measure
+of that: the reference against itself, its float arithmetic once in float32 and once in float64.
+Writes ``tools/results/agreement.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from rich.progress import track
 
 import mqc
-from mqc.host import Runnable, score
+from mqc.host import ProgramEngine, Runnable, score
 from mqc.models import EMBEDDED
 from mqc.testing import vqa
 
@@ -72,12 +73,22 @@ def main() -> None:
                 out = Path(folder) / f"{model}-{name}"
                 mqc.compile(model, target=target, overrides=overrides, out=out)
                 made[name] = mqc.load(out)
+            exact = made["reference"].engine
+            assert isinstance(exact, ProgramEngine)
+            double = Runnable(
+                ProgramEngine(exact.program.copy().to(torch.float64)),
+                made["reference"].processor,
+                made["reference"].adapter,
+            )
             results[model] = {
                 "reference vs onnx": compare(
                     made["reference"], made["onnx"], args.rows, f"{model} onnx"
                 ),
                 "aifs on vs off": compare(
                     made["reference"], made["natural"], args.rows, f"{model} aifs"
+                ),
+                "float32 vs float64": compare(
+                    made["reference"], double, args.rows, f"{model} float64"
                 ),
             }
     RESULTS.parent.mkdir(exist_ok=True)
