@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqc.backends.onnx.library import VARIABLE, ops_library
+from mqc.backends.onnx.library import THREADS_ENTRY, VARIABLE, ops_library
 from mqc.errors import ArtifactError, TargetError, VerificationError
-from mqc.host.engine import Cache
+from mqc.host.engine import Cache, spread
 
 try:
     import onnxruntime as ort
@@ -63,7 +63,9 @@ class OnnxEngine:
             for name in ("vision", "embed", "decoder")
         }
         decoder = self.sessions["decoder"]
-        self._cache_inputs = [i for i in decoder.get_inputs() if i.name not in _HOST_INPUTS]
+        given = (*_HOST_INPUTS, *facts.get("deepstack", ()))
+        self._cache_inputs = [i for i in decoder.get_inputs() if i.name not in given]
+        self._hidden = next(i.shape[-1] for i in decoder.get_inputs() if i.name == "inputs_embeds")
         self._outputs = [output.name for output in decoder.get_outputs()]
 
     @property
@@ -71,13 +73,13 @@ class OnnxEngine:
         return self._facts
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Rows [visual_tokens, hidden] of one tower call."""
-        embeds = self._run("vision", inputs)
-        return embeds.reshape(-1, embeds.shape[-1])
+        """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
+        outputs = self._run("vision", inputs)
+        return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in outputs], dim=-1)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
-        return self._run("embed", {"input_ids": ids})
+        return self._run("embed", {"input_ids": ids})[0]
 
     def empty_cache(self, batch: int) -> list[Any]:
         """One empty onnxruntime tensor [batch, kv_heads, 0, head_dim] per cache port."""
@@ -102,6 +104,7 @@ class OnnxEngine:
         session = self.sessions["decoder"]
         values = (inputs_embeds, position_ids, mask, logit_index, modality)
         given = dict(zip(_HOST_INPUTS, values, strict=True))
+        given.update(spread(inputs_embeds, self._facts.get("deepstack", ()), self._hidden))
         binding = session.io_binding()
         kept = []
         for port in session.get_inputs():
@@ -116,7 +119,7 @@ class OnnxEngine:
         logits, *present = binding.get_outputs()
         return torch.from_numpy(logits.numpy()), present
 
-    def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         session, feeds = self.sessions[name], {}
         for port in session.get_inputs():
             if port.name not in inputs:
@@ -125,7 +128,7 @@ class OnnxEngine:
                     hint=f"the host gives: {', '.join(inputs)}",
                 )
             feeds[port.name] = _array(inputs[port.name], port)
-        return torch.from_numpy(session.run(None, feeds)[0])
+        return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
 
 def open_session(
@@ -156,12 +159,13 @@ def _register_library(options: ort.SessionOptions) -> None:
     library = ops_library()
     if library is None:
         return
+    options.add_session_config_entry(THREADS_ENTRY, str(options.intra_op_num_threads))
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
         raise TargetError(
             f"the operator library {library} cannot be loaded: {_reason(error)}",
-            hint=f"unset {VARIABLE} to run without a library, or build it again",
+            hint=f"set {VARIABLE}=none to run without a library, or build it again",
         ) from error
 
 

@@ -21,7 +21,7 @@ width of the language model):
 from __future__ import annotations
 
 from mqc.capture.adapters import Adapter, GridAdapter, adapter_for, register
-from mqc.capture.build import capture
+from mqc.capture.build import capture, capture_shapes
 from mqc.capture.locate import checkpoint_folder
 from mqc.capture.probe import ProbeReport, probe
 from mqc.capture.processor import Processor, load_processor, processor_files
@@ -33,6 +33,7 @@ __all__ = [
     "Processor",
     "adapter_for",
     "capture",
+    "capture_shapes",
     "checkpoint_folder",
     "load_processor",
     "probe",

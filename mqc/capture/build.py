@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mqc.capture.adapters import Adapter, adapter_for, is_registered
+from mqc.capture.experts import use_dense_experts
 from mqc.capture.export import (
     cache_shape,
     export_decoder,
@@ -27,7 +28,7 @@ from mqc.capture.export import (
 from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
 from mqc.capture.skeleton import Skeleton, build_skeleton
-from mqc.capture.weights import FolderWeights, ModelWeights, checked
+from mqc.capture.weights import FolderWeights, ModelWeights, NoWeights, checked
 from mqc.errors import CaptureError, CheckpointError
 from mqc.ir import Link, ParamStore, Program, TensorType
 
@@ -47,32 +48,39 @@ class Source:
 
     def __init__(
         self,
-        model: PreTrainedModel | str | Path,
+        model: PreTrainedModel | PretrainedConfig | str | Path,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        *,
+        weights: bool = True,
     ) -> None:
-        """Locate and check the model; no weights are read.
+        """Locate and check the model; no weights are read, nor looked for without ``weights``.
 
         Raises :class:`CheckpointError`, or :class:`CaptureError` for a model that cannot be
         represented.
         """
         self.folder: Path | None = None
-        self.weights: FolderWeights | ModelWeights
+        self.weights: FolderWeights | ModelWeights | NoWeights
         self.generation: GenerationConfig | None
         if isinstance(model, PreTrainedModel):
             self.config = copy.deepcopy(model.config)
-            self.weights = ModelWeights(model)
+            self.weights = ModelWeights(model) if weights else NoWeights()
             self.generation = model.generation_config
             self.facts: dict[str, Any] = {"name": type(model).__name__, "kind": "model"}
             kind = type(model)
             self._build: Callable[[], PreTrainedModel] = lambda: kind(self.config)
         else:
-            self.folder = checkpoint_folder(model, revision)
-            self.config = load_config(self.folder, trust_remote_code)
+            if isinstance(model, PretrainedConfig):
+                self.config = copy.deepcopy(model)
+                self.facts = {"name": str(model.model_type), "kind": "config"}
+                self.generation, self.weights = None, NoWeights()
+            else:
+                self.folder = checkpoint_folder(model, revision, weights=weights)
+                self.config = load_config(self.folder, trust_remote_code)
+                self.weights = FolderWeights(self.folder) if weights else NoWeights()
+                self.generation = _generation_config(self.folder)
+                self.facts = _provenance(model, self.folder)
             _require_supported(self.config, trust_remote_code)
-            self.weights = FolderWeights(self.folder)
-            self.generation = _generation_config(self.folder)
-            self.facts = _provenance(model, self.folder)
             self._build = lambda: AutoModelForImageTextToText.from_config(
                 self.config, trust_remote_code=trust_remote_code
             )
@@ -91,6 +99,7 @@ class Source:
         try:
             skeleton = build_skeleton(self._build, dtype)
             skeleton.model.set_attn_implementation("sdpa")
+            use_dense_experts(skeleton.model)
             self.adapter.prepare(skeleton.model)
         except (CaptureError, CheckpointError):
             raise
@@ -138,7 +147,27 @@ def capture(
         CaptureError: a component could not be turned into a graph.
     """
     source = Source(model_or_path, revision, trust_remote_code)
-    report = progress or (lambda what, done, total: None)
+    return _capture(source, dtype, progress or (lambda what, done, total: None))
+
+
+def capture_shapes(
+    model: PreTrainedModel | PretrainedConfig | str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Program:
+    """Capture a model of which only the configuration is there: to plan with, not to run.
+
+    As :func:`capture`, but parameters are fake tensors (shape and dtype, no storage), and a folder
+    or hub id needs no weights. Passes that ask for no values work on such a program, at any size
+    of model.
+    """
+    source = Source(model, revision, trust_remote_code, weights=False)
+    return _capture(source, dtype, lambda what, done, total: None)
+
+
+def _capture(source: Source, dtype: torch.dtype, report: Progress) -> Program:
     report("building the model", 0, 5)
     skeleton = source.skeleton(dtype)
     check_shapes(source, skeleton)
@@ -243,6 +272,7 @@ def model_facts(source: Source) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_positions": getattr(config, "max_position_embeddings", None),
         "rope_axes": adapter.rope_axes,
+        "deepstack": side_names(adapter),
         "attention_windows": list(adapter.attention_kinds().values()),
         "source": source.describe(),
     }

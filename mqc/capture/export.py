@@ -109,7 +109,7 @@ def export_vision(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> E
         for axis, size in enumerate(spec.shape):
             if isinstance(size, DynamicSize):
                 most = size.most or MAX_LENGTH
-                dim = dims.setdefault(size.symbol, Dim(size.symbol, min=1, max=most))
+                dim = dims.setdefault(size.symbol, Dim(size.symbol, min=size.least, max=most))
                 dynamic[axis] = size.factor * dim if size.factor > 1 else dim
                 symbols[position, axis] = size.symbol
                 size = size.factor * size.example

@@ -20,6 +20,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from mqc.capture.export import Exported
+from mqc.capture.functional import functionalize
 from mqc.errors import CaptureError
 from mqc.ir import SCALAR, Component, Port, TensorType
 from mqc.ir.types import Dim
@@ -69,6 +70,7 @@ class _Importer:
 
     def run(self) -> Imported:
         program = self.exported.program
+        functionalize(program.graph)
         kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         nodes = list(program.graph.nodes)
         used = _live(nodes)
@@ -137,6 +139,8 @@ class _Importer:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
         elif node.target is aten.sym_size.int:
             self.values[node] = self._size(value, node)
+        elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            self.values[node] = self._scatter(node)
         elif isinstance(value, (list, tuple)):
             self.values[node] = None  # a list of views: its elements are made where they are read
         elif node.target is operator.getitem and self._is_list(node.args[0]):
@@ -188,6 +192,8 @@ class _Importer:
         args = self._args(source)
         pieces = source.meta["val"]
         index %= len(pieces)
+        if source.target is aten.topk.default:
+            return self._top(node, source, index)
         axis_at = 1 if source.target is aten.unbind.int else 2
         axis = int(args[axis_at]) if len(args) > axis_at else source.kwargs.get("dim", 0)
         assert isinstance(axis, int)
@@ -201,6 +207,51 @@ class _Importer:
         return self._call(
             node, aten.slice.Tensor, (args[0], axis, start, start + widths[index]), {}
         )
+
+    def _scatter(self, node: fx.Node) -> fx.Node:
+        """``slice_scatter``, ``select_scatter``: both tensors side by side, picked by a list."""
+        whole, part = node.args[:2]
+        assert isinstance(whole, fx.Node) and isinstance(part, fx.Node)
+        shape = whole.meta["val"].shape
+        axis = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[call-overload]
+        axis %= len(shape)
+        size = shape[axis]
+        if not isinstance(size, int):
+            raise self._error(f"%{node.name} writes along an axis of a size that may change")
+        places = torch.arange(size)
+        old, new = self.values[whole], self.values[part]
+        kind = self._type(whole.meta["val"])
+        assert isinstance(kind, TensorType)
+        if node.target is aten.select_scatter.default:
+            places = places[node.args[3]].reshape(1)  # type: ignore[index]
+            new = self._call(part, aten.unsqueeze.default, (new, axis), {})
+            new.meta["type"] = kind.with_shape(*kind.shape[:axis], 1, *kind.shape[axis + 1 :])
+        else:
+            start, stop, step = (*node.args[3:], None, None, None)[:3]
+            places = places[start:stop:step]  # type: ignore[misc]
+        index = torch.arange(size)
+        index[places] = size + torch.arange(len(places))
+        both = self._call(node, aten.cat.default, ([old, new], axis), {})
+        wide = (*kind.shape[:axis], size + len(places), *kind.shape[axis + 1 :])
+        both.meta["type"] = kind.with_shape(*wide)
+        name = f"{self.exported.name}.{node.name}.places"
+        self.result_constants[name] = index
+        picked = self.graph.create_node("get_attr", name)
+        picked.meta = {"type": TensorType((size,), torch.int64)}
+        return self._call(node, aten.index_select.default, (both, axis, picked), {})
+
+    def _top(self, node: fx.Node, source: fx.Node, index: int) -> fx.Node:
+        """Values (0) or indices (1) of ``topk``: the front of a sorting order, and what it picks."""
+        args, kinds = self._args(source), source.meta["val"]
+        count, axis = args[1], args[2] if len(args) > 2 else -1
+        largest = args[3] if len(args) > 3 else True
+        order = self._call(node, aten.argsort.default, (args[0], axis, largest), {})
+        order.meta["type"] = self._type(source.args[0].meta["val"]).with_dtype(torch.int64)  # type: ignore[union-attr]
+        top = self._call(node, aten.slice.Tensor, (order, axis, 0, count), {})
+        top.meta["type"] = self._type(kinds[1])
+        if index == 1:
+            return top
+        return self._call(node, aten.gather.default, (args[0], axis, top), {})
 
     # -- outputs ---------------------------------------------------------------------------------
 

@@ -11,14 +11,18 @@ from transformers import AutoConfig, PretrainedConfig
 from mqc.errors import CheckpointError
 from mqc.models import EMBEDDED, embedded_model_path
 
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ["*.json", _WEIGHTS, "*.jinja", "*.txt", "*.model", "*.py"]
 
 
-def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
+def checkpoint_folder(
+    name: str | Path, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """The folder of checkpoint ``name``: an existing folder, an embedded model, or a hub id.
 
     A hub id is downloaded (safetensors, configuration, tokenizer and processor files only) into
-    huggingface_hub's cache, and found there when offline. Raises :class:`CheckpointError`.
+    huggingface_hub's cache, and found there when offline; without ``weights``, all but the
+    safetensors are. Raises :class:`CheckpointError`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -39,8 +43,9 @@ def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
             hint=f"give a folder, a hub id (owner/name), or an embedded model: {embedded}",
         )
     try:
+        patterns = [pattern for pattern in _PATTERNS if weights or pattern != _WEIGHTS]
         return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=_PATTERNS)
+            snapshot_download(str(name), revision=revision, allow_patterns=patterns)
         ).resolve()
     except HFValidationError as error:
         raise CheckpointError(

@@ -96,6 +96,20 @@ class FolderWeights:
         return result
 
 
+class NoWeights:
+    """No weights at all: parameters keep the skeleton's fake tensors, which have a shape only."""
+
+    def loaders(
+        self, model: PreTrainedModel, types: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, Loader]:
+        """Loaders that give the fake tensors; a graph of them can be planned, not run."""
+        fakes = dict(model.named_parameters(remove_duplicate=False))
+        return {name: fakes[name].detach for name in types if name in fakes}
+
+    def digest(self) -> dict[str, str]:
+        return {}
+
+
 class ModelWeights:
     """The parameters and buffers of a model in memory."""
 

@@ -5,7 +5,7 @@ sampling, streaming text, scoring. A target brings an :class:`Engine`; everythin
 """
 
 from mqc.host.batch import Batch, KeyTable, make_batch
-from mqc.host.engine import Cache, Engine, State, decode_step, merge, prefill
+from mqc.host.engine import Cache, Engine, State, decode_step, merge, prefill, spread
 from mqc.host.generate import GenerationResult, Sampling, Token, generate, generate_batch, steps
 from mqc.host.program_engine import ProgramEngine
 from mqc.host.prompt import Prompt, append_answer, build_prompt, build_prompts, messages_from
@@ -49,6 +49,7 @@ __all__ = [
     "messages_from",
     "prefill",
     "score",
+    "spread",
     "steps",
     "wilson",
 ]

@@ -30,7 +30,11 @@ class Engine(Protocol):
         """The program's facts (``kv_order``, token ids, ...)."""
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One call of tower and connector, inputs by port name -> float [visual_tokens, hidden]."""
+        """One call of tower and connector, inputs by port name -> float [visual_tokens, hidden].
+
+        A tower with several outputs (``facts["deepstack"]``) gives them side by side, the
+        embeddings first: [visual_tokens, (1 + outputs) * hidden].
+        """
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 [B, T] -> float [B, T, hidden]."""
@@ -50,7 +54,8 @@ class Engine(Protocol):
         """One pass over T new rows.
 
         Args:
-            inputs_embeds: float [B, T, hidden].
+            inputs_embeds: float [B, T, hidden], or wider where the tower has side outputs: see
+                :func:`spread`.
             position_ids: int64 [B, T] or [3, B, T].
             mask: bool [B, M, T, past + T], True = may attend (:class:`KeyTable`); M is 1, or one
                 for each entry of ``facts["attention_windows"]``.
@@ -92,8 +97,25 @@ def see(engine: Engine, calls: Sequence[Mapping[str, torch.Tensor]]) -> list[tor
     return list(rows.split([count * (rows.shape[0] // sum(counts)) for count in counts]))
 
 
+def spread(
+    inputs_embeds: torch.Tensor, side: Sequence[str], hidden: int
+) -> dict[str, torch.Tensor]:
+    """The decoder's inputs that ``inputs_embeds`` [B, T, (1 + len(side)) * hidden] stands for.
+
+    Each is [B, T, hidden]: ``inputs_embeds``, then those that ``side`` (``facts["deepstack"]``)
+    names. Where only the embeddings are given, as in decoding, the others are zero.
+    """
+    if inputs_embeds.shape[-1] == hidden:
+        zero = torch.zeros_like(inputs_embeds) if side else None
+        return {"inputs_embeds": inputs_embeds, **dict.fromkeys(side, zero)}  # type: ignore[dict-item]
+    parts = inputs_embeds.split(hidden, dim=-1)
+    return dict(zip(("inputs_embeds", *side), parts, strict=True))
+
+
 def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tensor:
     """Embeddings [B, S, hidden] with the vision tower's rows in the visual places.
+
+    Where the tower gives wider rows (:func:`spread`), text rows are padded with zeros.
 
     Raises :class:`UsageError` where the tower gives another number of rows than the prompt has
     image tokens.
@@ -114,6 +136,8 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
             )
         if pieces:
             rows = torch.cat(pieces).to(embeds)
+            wider = rows.shape[-1] - embeds.shape[-1]
+            embeds = torch.nn.functional.pad(embeds, (0, wider)) if wider else embeds
             embeds[index, batch.visual_mask[index].to(embeds.device)] = rows
     return embeds
 

@@ -11,7 +11,7 @@ from torch import fx
 
 import mqc.ops  # noqa: F401  (registers the operators that a lowered program calls)
 from mqc.errors import VerificationError
-from mqc.host.engine import Cache
+from mqc.host.engine import Cache, spread
 from mqc.ir import Port, Program
 
 
@@ -30,9 +30,9 @@ class ProgramEngine:
         return self.program.facts
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Rows [visual_tokens, hidden] of one tower call."""
-        embeds: torch.Tensor = self._call("vision", inputs)[0]
-        return embeds.reshape(-1, embeds.shape[-1])
+        """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
+        outputs = self._call("vision", inputs)
+        return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in outputs], dim=-1)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
@@ -60,7 +60,7 @@ class ProgramEngine:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """See :meth:`mqc.host.engine.Engine.decoder`."""
         inputs = {
-            "inputs_embeds": inputs_embeds,
+            **spread(inputs_embeds, self.facts.get("deepstack", ()), self._hidden()),
             "position_ids": position_ids,
             "mask": mask,
             "logit_index": logit_index,
@@ -70,6 +70,9 @@ class ProgramEngine:
         inputs.update(zip(names, cache, strict=True))
         logits, *present = self._call("decoder", inputs)
         return logits, present
+
+    def _hidden(self) -> int:
+        return int(self.program.components["decoder"].input("inputs_embeds").type.shape[-1])
 
     def _cache_ports(self) -> list[Port]:
         ports = self.program.components["decoder"].inputs

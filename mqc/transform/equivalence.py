@@ -36,14 +36,14 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = program.components["decoder"]
-    visual = [
-        _run_source(program, program.components[link.source[0]], link.source[1], generator)
-        for link in program.links
-        if link.target[0] == "decoder" and link.source[0] != "embed"
-    ]
+    visual, side = _run_sources(program, generator)
     ids = torch.randint(0, int(program.facts["vocab_size"]), (1, 2 * text + 1), generator=generator)
     rows = program.module("embed")(ids)[0][0]
     embeds = torch.cat([rows[:text], *visual, rows[text : 2 * text]])[None]
+    more = {
+        name: torch.nn.functional.pad(value, (0, 0, text, text))[None]
+        for name, value in side.items()
+    }
     is_visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
     is_visual[0, text : embeds.shape[1] - text] = True
     module = program.module("decoder")
@@ -52,24 +52,35 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
         for port in decoder.inputs
         if port.axis("past") is not None
     ]
-    prefill = _decode(decoder, module, embeds, 0, cache, is_visual)
-    step = _decode(
-        decoder, module, rows[None, -1:], embeds.shape[1], list(prefill[1:]), is_visual[:, :1]
-    )
+    prefill = _decode(decoder, module, embeds, 0, cache, is_visual, more)
+    last, past = rows[None, -1:], embeds.shape[1]
+    none = {name: torch.zeros_like(last) for name in more}
+    step = _decode(decoder, module, last, past, list(prefill[1:]), is_visual[:, :1], none)
     return [prefill[0], step[0]]
 
 
-def _run_source(
-    program: Program,
-    component: Component,
-    output: str,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    inputs = [random_input(port, program.dtype, generator) for port in component.inputs]
-    values = program.module(component.name)(*inputs)
-    index = [port.name for port in component.outputs].index(output)
-    value: torch.Tensor = values[index]
-    return value.reshape(-1, value.shape[-1])
+def _run_sources(
+    program: Program, generator: torch.Generator
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Visual rows [n, hidden]: those that stand for tokens, and those of the decoder's further
+    inputs by name. Each component runs once."""
+    values: dict[str, tuple[torch.Tensor, ...]] = {}
+    rows, side = [], {}
+    for link in program.links:
+        if link.target[0] != "decoder" or link.source[0] == "embed":
+            continue
+        component = program.components[link.source[0]]
+        if component.name not in values:
+            inputs = [random_input(port, program.dtype, generator) for port in component.inputs]
+            values[component.name] = program.module(component.name)(*inputs)
+        index = [port.name for port in component.outputs].index(link.source[1])
+        value = values[component.name][index]
+        value = value.reshape(-1, value.shape[-1])
+        if link.target[1] == "inputs_embeds":
+            rows.append(value)
+        else:
+            side[link.target[1]] = value
+    return rows, side
 
 
 def _decode(
@@ -79,6 +90,7 @@ def _decode(
     past: int,
     cache: list[torch.Tensor],
     is_visual: torch.Tensor,
+    more: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     """One decoder call for ``embeds`` [1, tokens, hidden] after ``past`` cached tokens."""
     tokens = embeds.shape[1]
@@ -95,6 +107,7 @@ def _decode(
         "mask": masks[None],
         "logit_index": torch.arange(tokens)[None],
         "modality": is_visual,
+        **more,
     }
     inputs = []
     remaining = iter(cache)

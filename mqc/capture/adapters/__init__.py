@@ -39,7 +39,7 @@ from mqc.capture.adapters import (
     queries,
     windows,
 )
-from mqc.capture.adapters.base import Adapter, Call, DynamicSize, VisionInput
+from mqc.capture.adapters.base import Adapter, Call, DynamicSize, Features, VisionInput
 from mqc.capture.adapters.grid import GridAdapter
 from mqc.capture.adapters.registry import adapter_for, is_registered, register
 
@@ -49,6 +49,7 @@ __all__ = [
     "Adapter",
     "Call",
     "DynamicSize",
+    "Features",
     "GridAdapter",
     "VisionInput",
     "adapter_for",

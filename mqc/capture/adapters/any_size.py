@@ -53,7 +53,7 @@ class AnySizeAdapter(Adapter):
     def _states(
         self, tower: Any, pixels: torch.Tensor, positions: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The tower's states before its first and after every layer, each [1, patches, channels]."""
+        """States before the first and after every layer, each [1, patches, channels]."""
         patches = torch.nn.functional.linear(pixels, tower.patch_conv.weight.flatten(1))
         hidden = tower.ln_pre(patches[None])
         rotary = tower.patch_positional_embedding(hidden, positions)
@@ -95,9 +95,9 @@ class MergedAnySizeAdapter(AnySizeAdapter):
     def connect(self, projector: Any, features: torch.Tensor) -> torch.Tensor:
         features = projector.norm(features)
         width, each = features.shape[-1], self.merge**2
-        # The model's columns count (channel, place); here the places of a square stand side by side.
+        # The model's columns count (channel, place); here a square's places stand side by side.
         weight = projector.patch_merger.merging_layer.weight
         columns = weight.reshape(weight.shape[0], width, each).transpose(1, 2).flatten(1)
         merged = torch.nn.functional.linear(features.reshape(-1, each * width), columns)
-        hidden = projector.linear_2(projector.act(projector.linear_1(merged)))
-        return hidden  # type: ignore[no-any-return]
+        result: torch.Tensor = projector.linear_2(projector.act(projector.linear_1(merged)))
+        return result

@@ -23,12 +23,13 @@ Features = torch.Tensor | tuple[torch.Tensor, ...]
 class DynamicSize:
     """A size that may change from call to call: ``factor * symbol``, ``example`` at capture.
 
-    ``most`` bounds the symbol where the model does (a table of positions, say).
+    ``least`` and ``most`` bound the symbol where the model does (a table of positions, say).
     """
 
     symbol: str
     factor: int = 1
     example: int = 6
+    least: int = 1
     most: int | None = None
 
 

@@ -1,9 +1,9 @@
 """Tiles of one image, whose features the model packs by the image's size (anyres).
 
 The tower runs over the tiles as ever; what depends on the image's size (padding cut off, a newline
-after each row, tiles of a large image shrunk) only moves, repeats and averages the tower's rows. The
-model's own packing function is run on row numbers instead of features when the prompt is built,
-and the graph takes the resulting lists: each visual token is a weighted sum of tower rows.
+after each row, tiles of a large image shrunk) only moves, repeats and averages the tower's rows.
+The model's own packing function is run on row numbers instead of features when the prompt is
+built, and the graph takes the resulting lists: each visual token is a weighted sum of tower rows.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def build(
                 parameter.add_(0.2 * noise)
             else:
                 parameter.mul_(4.0)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the fast ones do not take float64
     model = model.to(dtype).eval().requires_grad_(False)
     images = [family.image(config, size, generator) for size in family.sizes[:2]]
     return model, batch_of(family, [images], generator=generator, dtype=dtype)
