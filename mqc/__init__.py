@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mqc.api import compile, evaluate, inspect, load, opt, probe  # noqa: A004
+    from mqc.backends.onnx.library import onnx_ops_library
     from mqc.capture import capture
     from mqc.transform import Pass, PassManager
 
@@ -26,6 +27,7 @@ __all__ = [
     "inspect",
     "load",
     "opt",
+    "plan",
     "probe",
 ]
 
@@ -37,7 +39,9 @@ _HOME = {
     "evaluate": "mqc.api",
     "inspect": "mqc.api",
     "load": "mqc.api",
+    "onnx_ops_library": "mqc.backends.onnx.library",
     "opt": "mqc.api",
+    "plan": "mqc.api",
     "probe": "mqc.api",
 }
 
