@@ -38,6 +38,11 @@ _RESHAPES = (
 )
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_UNPADDED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 _FOLD_LIMIT = 1 << 24
 """Constant folding never makes a tensor of more elements than this."""
 
@@ -47,7 +52,8 @@ class Canonicalize(Pass):
 
     Postcondition: dialect ``canonical`` (no view, copy, guard or cast between float types);
     every RMSNorm is one ``aten.rms_norm``; values that depend on parameters alone are parameters;
-    a convolution whose windows tile its input is a ``linear`` over patches.
+    a convolution whose windows tile its input is a ``linear`` over patches, and so is a product
+    with a parameter.
     """
 
     name = "canonicalize"
@@ -76,7 +82,13 @@ class Canonicalize(Pass):
             ):
                 result.counts["rms_norms"] += _match_rms_norm(node, ctx)
             for node in list(component.graph.nodes):
-                if node.target in _CONVS and _tiles(node) and ctx.take():
+                if node.target in _UNPADDED and argument(node, 4) in (None, "valid"):
+                    node.args = (*node.args[:4], 0, *node.args[5:])
+                    node.target = _UNPADDED[node.target]
+                if node.target == aten.matmul.default and _by_matrix(node) and ctx.take():
+                    _matmul_to_linear(program, node)
+                    result.counts["linears"] += 1
+                elif node.target in _CONVS and _tiles(node) and ctx.take():
                     _conv_to_linear(program, node)
                     result.counts["patch_linears"] += 1
         eliminate_dead_code(program)
@@ -202,6 +214,34 @@ def _with_gain(product: fx.Node, width: int) -> tuple[fx.Node, fx.Node | None]:
             if tensor_type(gain).shape == (width,):
                 return users[0], gain
     return product, None
+
+
+# ---- product with a parameter -> linear --------------------------------------------------------
+
+
+def _by_matrix(node: fx.Node) -> bool:
+    """Whether the right factor is a parameter with two axes, and the left one is not."""
+    left, right = node.args[:2]
+    return (
+        isinstance(right, fx.Node)
+        and right.op == "get_attr"
+        and tensor_type(right).rank == 2
+        and isinstance(left, fx.Node)
+        and left.op != "get_attr"
+    )
+
+
+def _matmul_to_linear(program: Program, node: fx.Node) -> None:
+    left, right = node.args[:2]
+    assert isinstance(right, fx.Node)
+    matrix = param_value(program.params, right)
+    assert matrix is not None
+    with node.graph.inserting_before(node):
+        weight = get_param(program, node.graph, str(right.target), matrix.T)
+        linear = call(
+            node.graph, aten.linear.default, (left, weight, None), tensor_type(node), node
+        )
+    replace(node, linear)
 
 
 # ---- convolution over disjoint windows -> linear ---------------------------------------------

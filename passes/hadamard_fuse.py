@@ -17,11 +17,13 @@ from mqc.ir.edit import (
     call,
     eliminate_dead_code,
     get_param,
+    insert_after,
     param_value,
     replace,
     set_param,
     tensor_type,
 )
+from mqc.numerics.hadamard import apply_hadamard, hadamard_plan
 from mqc.numerics.rotation import rotation
 from mqc.transform import Pass, PassContext, PassResult, Skip
 
@@ -52,8 +54,11 @@ class HadamardFuse(Pass):
         result = PassResult(program)
         generator = torch.Generator().manual_seed(ctx.seed)
         for stream in find_streams(ChannelFlow(program)):
-            for site in stream.group.sources:
-                if site.node.target in NORMS and ctx.take():
+            norms = [site for site in stream.group.sources if site.node.target in NORMS]
+            if _has_fast(stream.width) and len(norms) > 1:
+                continue  # a fast transform behind each is cheaper than a matrix
+            for site in norms:
+                if ctx.take():
                     _split_gain(program, site.node)
                     result.counts["gains_as_linears"] += 1
         flow = ChannelFlow(program)
@@ -62,15 +67,20 @@ class HadamardFuse(Pass):
             if not ctx.take():
                 continue
             keep_mean = any(site.node.target == aten.layer_norm.default for site in group.norms)
-            matrix = rotation(group.width, generator, keep_mean_row=keep_mean)
+            if group.sources and keep_mean and _has_fast(group.width):
+                matrix = _hadamard(group.width)
+            else:
+                matrix = rotation(group.width, generator, keep_mean_row=keep_mean)
             _Rotator(program, flow, group, matrix, keep_mean).run()
             is_stream = any(stream.group is group for stream in streams)
             result.counts["streams" if is_stream else "free_groups"] += 1
             result.counts["online"] += len(group.sources) + len(group.barriers)
             result.details.append({"stream": Stream(group).describe()})
-            for site in (*group.sources, *group.barriers):
-                reason = f"an online rotation stays at {site.node.target}"
-                result.skips.append(Skip(f"{site.component}.%{site.node.name}", reason))
+            for site in group.sources:
+                result.skips.append(Skip(_where(site), f"rotated online: {_source_reason(site)}"))
+            for site in group.barriers:
+                reason = f"rotated back online for {site.node.target}"
+                result.skips.append(Skip(_where(site), reason))
         for pair in find_attention(program):
             if isinstance(pair, Unpaired):
                 result.skips.append(Skip(f"{pair.component}.%{pair.attention.name}", pair.reason))
@@ -79,6 +89,26 @@ class HadamardFuse(Pass):
                 result.counts["value_heads"] += 1
         eliminate_dead_code(program)
         return result
+
+
+def _where(site: Site) -> str:
+    return f"{site.component}.%{site.node.name}"
+
+
+def _source_reason(site: Site) -> str:
+    if site.node.target in NORMS:
+        return "the gain of a norm that writes the stream stands between two bases"
+    return f"no weight writes what {site.node.target} gives"
+
+
+def _hadamard(width: int) -> Tensor:
+    """The orthogonal Hadamard matrix that ``mqc::hadamard`` applies; row 0 is constant."""
+    return apply_hadamard(torch.eye(width, dtype=torch.float64), width).T.contiguous()
+
+
+def _has_fast(width: int) -> bool:
+    """Whether one Hadamard matrix covers ``width`` channels, so that it is a fast transform."""
+    return hadamard_plan(width).is_full
 
 
 def _split_gain(program: Program, norm: fx.Node) -> None:
@@ -124,6 +154,7 @@ class _Rotator:
             s.node.target == aten.layer_norm.default and s.blocks == 1 for s in group.norms
         )
         self.centred = keep_mean and row_norms and not raw
+        self.fast = _has_fast(group.width)
         self.write = matrix.clone()
         if self.centred:
             self.write[0] = 0.0
@@ -196,10 +227,44 @@ class _Rotator:
         users = [
             user
             for user in site.value.users
-            if user.op == "output" or (track := self.flow.track(user)) is not None
-            if user.op == "output" or (self.flow.group_of(user) is self.group and track is not None)
+            if user.op == "output" or self.flow.group_of(user) is self.group
         ]
-        self._apply(site.value, users, -1, self.write)
+        signs = self.read[:, 0].sign() if self.fast else None
+        fast = None if signs is None else _hadamard(self.group.width) * signs
+        if signs is None or fast is None or not torch.allclose(fast, self.read.T):
+            self._apply(site.value, users, -1, self.write)
+            return
+        value = self._flip(site.value, users, signs)
+        value = insert_after(
+            value, torch.ops.mqc.hadamard.default, (self.group.width,), users=users
+        )
+        if self.centred:  # channel 0 holds the mean, which nobody reads
+            mask = torch.ones(self.group.width, dtype=self.program.dtype)
+            mask[0] = 0.0
+            self._scale(value, users, mask)
+
+    def _flip(self, value: fx.Node, users: list[fx.Node], signs: Tensor) -> fx.Node:
+        """``value * signs`` for ``users``: folded into a norm's gain, or multiplied."""
+        if bool((signs > 0).all()):
+            return value
+        gain = self._param(value, 2) if value.target in NORMS else None
+        if gain is None or set(value.users) != set(users):
+            return self._scale(value, users, signs.to(self.program.dtype))
+        self._set(value, 2, gain * signs)
+        shift = self._param(value, 3) if value.target == aten.layer_norm.default else None
+        if shift is not None:
+            self._set(value, 3, shift * signs)
+        return value
+
+    def _scale(self, value: fx.Node, users: list[fx.Node], factor: Tensor) -> fx.Node:
+        with value.graph.inserting_after(value):
+            param = get_param(self.program, value.graph, f"{value.name}.scale", factor)
+        with value.graph.inserting_after(param):
+            args = (value, param)
+            result = call(value.graph, aten.mul.Tensor, args, tensor_type(value), value)
+        for user in users:
+            user.replace_input_with(value, result)
+        return result
 
     def _barrier(self, site: Site) -> None:
         self._apply(site.value, [site.node], site.axis, self.read, site.blocks)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from mqc.analysis.axes import move_axis
+from mqc.analysis.flow import NORMS, is_linear
 from mqc.analysis.mlp import find_feed_forward
 from mqc.ir import Program
-from mqc.ir.edit import insert_after, set_param, tensor_type
+from mqc.ir.edit import argument, insert_after, set_param, tensor_type
 from mqc.numerics.hadamard import apply_hadamard, hadamard_plan
 from mqc.transform import Pass, PassContext, PassResult, Skip
 
 
 class HadamardOnline(Pass):
-    """Spread outliers at the inputs of down projections by an online Hadamard transform.
+    """Spread outliers where no offline rotation reaches, by an online Hadamard transform.
 
     For ``y = W x`` behind a non-linearity: ``y = (W H^T)(H x)`` with the first factor folded and
     ``H x`` computed by a fast transform (MQuant section 3.4, QuaRot). The order follows the width:
-    the full order where one is known, else blocks (``hadamard_plan``).
+    the full order where one is known, else blocks (``hadamard_plan``). The same goes for the
+    readers of a norm that kept its gain: in post-norm blocks the normalised value is both read
+    and carried on, and a gain in between leaves no basis to rotate to.
 
-    Postcondition: every feed-forward down projection reads ``mqc::hadamard``, or a skip says why.
+    Postcondition: every feed-forward down projection, and every linear behind a norm with a gain,
+    reads ``mqc::hadamard``, or a skip says why.
     """
 
     name = "hadamard-online"
@@ -31,10 +37,12 @@ class HadamardOnline(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program)
         transformed: dict[Any, fx.Node] = {}
-        for pair in find_feed_forward(program):
-            where = f"{pair.component}.%{pair.down.name}"
-            value, weight = pair.down.args[0], pair.down.args[1]
-            width = tensor_type(value).shape[-1]  # type: ignore[arg-type]
+        pairs = [(pair.component, pair.down) for pair in find_feed_forward(program)]
+        for component, node in [*pairs, *_behind_gains(program)]:
+            where = f"{component}.%{node.name}"
+            value, weight = node.args[0], node.args[1]
+            assert isinstance(value, fx.Node) and isinstance(weight, fx.Node)
+            width = tensor_type(value).shape[-1]
             assert isinstance(width, int)
             plan = hadamard_plan(width)
             if plan.is_identity:
@@ -42,21 +50,37 @@ class HadamardOnline(Pass):
                 continue
             if not ctx.take():
                 continue
-            matrix = program.params[str(weight.target)].to(torch.float64)  # type: ignore[union-attr]
+            matrix = program.params[str(weight.target)].to(torch.float64)
             folded = apply_hadamard(matrix, plan.block).to(program.dtype)
-            set_param(program, pair.down, 1, folded)
+            set_param(program, node, 1, folded)
             if value in transformed:
-                pair.down.replace_input_with(value, transformed[value])  # type: ignore[arg-type]
+                node.replace_input_with(value, transformed[value])
             else:
                 transformed[value] = insert_after(
-                    value,  # type: ignore[arg-type]
-                    torch.ops.mqc.hadamard.default,
-                    (plan.block,),
-                    users=[pair.down],
+                    value, torch.ops.mqc.hadamard.default, (plan.block,), users=[node]
                 )
             result.counts["online"] += 1
             result.counts["full_order" if plan.is_full else "blocks"] += 1
             result.details.append(
-                {"layer": str(weight.target), "width": width, "block": plan.block}  # type: ignore[union-attr]
+                {"layer": str(weight.target), "width": width, "block": plan.block}
             )
         return result
+
+
+def _behind_gains(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    """(component, linear) for every linear that reads a norm which kept its gain."""
+    for component in program:
+        for node in list(component.graph.nodes):
+            if node.target in NORMS and argument(node, 2) is not None:
+                yield from ((component.name, linear) for linear in _readers(node))
+
+
+def _readers(value: fx.Node) -> list[fx.Node]:
+    """Linears that read ``value``, or rows of it."""
+    found = []
+    for user in value.users:
+        if is_linear(user) and user.args[0] is value:
+            found.append(user)
+        elif user.args[:1] == (value,) and move_axis(user, -1, 1) == (-1, 1):
+            found += _readers(user)
+    return found

@@ -56,7 +56,7 @@ class RmsSuppress(Pass):
                 columns = self.dominant(torch.cat(weights), ranges.get(value))
                 if columns and ctx.take():
                     for node in linears:
-                        _split(program, node, value, columns)
+                        _split(program, node, columns)
                     result.counts["layers"] += len(linears)
                     result.counts["columns"] += len(columns)
                     result.details.append(
@@ -140,7 +140,9 @@ def _base_name(node: fx.Node) -> str:
     return str(node.args[1].target).partition("~")[0]  # type: ignore[union-attr]
 
 
-def _split(program: Program, node: fx.Node, value: fx.Node, columns: list[int]) -> None:
+def _split(program: Program, node: fx.Node, columns: list[int]) -> None:
+    value = node.args[0]  # now: a linear in front may have been split already
+    assert isinstance(value, fx.Node)
     weight = program.params[str(node.args[1].target)]  # type: ignore[union-attr]
     kept = weight.clone()
     kept[:, columns] = 0.0

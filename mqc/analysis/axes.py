@@ -1,4 +1,4 @@
-"""How view-like operators move one axis of their first input."""
+"""How operators that treat all channels alike move one axis of their first input."""
 
 from __future__ import annotations
 
@@ -127,6 +127,22 @@ def _index(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Pla
     return None
 
 
+def _reduce(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
+    """``sum`` and ``mean`` over other axes."""
+    rank, dims = len(before), argument(node, 1)
+    if not dims or any(int(dim) % rank == place for dim in dims):
+        return None
+    if argument(node, 2):
+        return place - rank, blocks
+    ahead = sum(int(dim) % rank < place for dim in dims)
+    return place - ahead - (rank - len(dims)), blocks
+
+
+def _spatial(node: fx.Node, before: Sequence[Any], place: int, blocks: int) -> Place | None:
+    """Pooling and resizing of planes: each channel for itself."""
+    return (-3, blocks) if place == len(before) - 3 else None
+
+
 _MOVES: dict[Any, Move] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
@@ -144,4 +160,10 @@ _MOVES: dict[Any, Move] = {
     aten.repeat.default: _same_rank,
     aten.gather.default: _same_rank,
     aten.index.Tensor: _index,
+    aten.sum.dim_IntList: _reduce,
+    aten.mean.dim: _reduce,
+    aten.avg_pool2d.default: _spatial,
+    aten.adaptive_avg_pool2d.default: _spatial,
+    aten.upsample_bilinear2d.vec: _spatial,
+    aten.upsample_bicubic2d.vec: _spatial,
 }

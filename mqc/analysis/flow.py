@@ -309,20 +309,27 @@ def _add(flow: ChannelFlow, node: fx.Node) -> None:
 
 
 def _scale(flow: ChannelFlow, node: fx.Node) -> None:
-    """Multiplication or division by a number or a one-element parameter keeps the axis."""
+    """Multiplication or division by one number, or by one a row, keeps the axis."""
     value, factor = node.args[0], node.args[1]
-    if not isinstance(value, fx.Node) or flow.track(value) is None:
+    swaps = node.target == aten.mul.Tensor
+    if swaps and (not isinstance(value, fx.Node) or flow.track(value) is None):
         value, factor = factor, value
     track = flow.track(value)
     scalar = not is_tensor(factor) or (
         isinstance(factor, fx.Node)
-        and flow.is_constant(factor)
-        and all(dim == 1 for dim in tensor_type(factor).shape)
+        and track is not None
+        and flow.track(factor) is None
+        and _is_one(tensor_type(factor), track.axis)
     )
     if track is not None and scalar and isinstance(value, fx.Node):
         flow.tracks[node] = track
     else:
         flow._barrier(node, value, factor)
+
+
+def _is_one(kind: TensorType, axis: int) -> bool:
+    """Whether a factor of this type is the same along ``axis`` (negative)."""
+    return kind.rank < -axis or kind.shape[axis] == 1
 
 
 def _join(flow: ChannelFlow, node: fx.Node, values: list[fx.Node], mixes_axis: bool) -> None:
