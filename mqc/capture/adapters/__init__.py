@@ -33,10 +33,12 @@ from mqc.capture.adapters import (
     features,
     grid,
     interpolated,
+    merging,
     nested,
     packed,
     prefix,
     queries,
+    tables,
     windows,
 )
 from mqc.capture.adapters.base import Adapter, Call, DynamicSize, Features, VisionInput
@@ -58,10 +60,12 @@ __all__ = [
     "grid",
     "interpolated",
     "is_registered",
+    "merging",
     "nested",
     "packed",
     "prefix",
     "queries",
     "register",
+    "tables",
     "windows",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ FIRST_TEXT = 20
 class Image:
     """One random image as a processor would give it: its placeholder count and its tensors.
 
-    ``values`` are concatenated over the images of a batch on their first axis. ``placeholders``
-    replaces the default ``[START, IMAGE * tokens, END]`` where a family writes them otherwise.
+    ``values`` are concatenated over the images of a batch, on their first axis or on that which
+    ``axes`` names. ``placeholders`` replaces the default ``[START, IMAGE * tokens, END]`` where a
+    family writes them otherwise.
     """
 
     tokens: int
     values: dict[str, torch.Tensor]
     placeholders: list[int] | None = None
+    axes: dict[str, int] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[int]:
@@ -146,7 +148,7 @@ def batch_of(
     batch = {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
     images = [image for row in rows for image in row]
     for key in images[0].values if images else ():
-        value = torch.cat([image.values[key] for image in images])
+        value = torch.cat([image.values[key] for image in images], images[0].axes.get(key, 0))
         batch[key] = value.to(dtype) if value.is_floating_point() else value
     batch.update(family.extras(batch))
     return batch
