@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "onnx_ops_library",
     "opt",
     "plan",
     "probe",
