@@ -1,0 +1,282 @@
+// The linear: checks, scratch memory, and the loops over rows, channels and threads.
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "linear.h"
+
+namespace mqc {
+namespace {
+
+constexpr int64_t kThreads = 256;
+constexpr int64_t kLine = 64;
+// Packed rows that stay in the second-level cache while weights pass by.
+constexpr int64_t kRowBytes = 512 << 10;
+
+// How a call is cut up. Row tiles are of equal height, give or take one.
+struct Plan {
+    const LinearIsa* isa;
+    Sizes s;
+    int64_t padded;      // inputs of a group in x and in panels
+    bool panel;          // weights go through an unpacked panel
+    int64_t row_tiles;   // of all rows
+    int64_t spans;       // of row tiles whose packed rows fit the cache
+    int64_t strips;      // of isa->blocks weight blocks
+    int64_t chunk;       // strips of a unit of work
+    int64_t chunks;
+    int64_t threads;
+    int64_t x_bytes, correction_bytes, scale_bytes, panel_bytes, thread_bytes;
+};
+
+struct Job {
+    const mqc_linear_call* call;
+    Plan plan;
+    int8_t* x;
+    int32_t* correction;
+    float* x_scale;
+    uint8_t* scratch;  // thread_bytes for every task
+    std::atomic<int64_t> next;
+};
+
+mqc_status check(const mqc_linear_call* c, Sizes* s) {
+    if (!c) return MQC_BAD_POINTER;
+    const mqc_status status = sizes_of(&c->shape, s);
+    if (status != MQC_OK) return status;
+    if (c->m < 0 || c->m > kMaxSize || c->split < 0 || c->split > kMaxK) return MQC_BAD_SHAPE;
+    if (c->modality_form < MQC_MODALITY_NONE || c->modality_form > MQC_MODALITY_COUNT)
+        return MQC_BAD_SHAPE;
+    if (c->modality_form == MQC_MODALITY_COUNT && c->m > 0 &&
+        (c->sequence < 1 || c->m % c->sequence))
+        return MQC_BAD_SHAPE;
+    return MQC_OK;
+}
+
+mqc_status check_pointers(const mqc_linear_call* c) {
+    const bool there = c->packed && c->w_scale && c->x_scale && c->xq && c->y &&
+                       (c->modality_form == MQC_MODALITY_NONE || c->modality) &&
+                       (c->split == 0 || (c->x_split && c->w_split));
+    return there ? MQC_OK : MQC_BAD_POINTER;
+}
+
+Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
+    Plan p;
+    p.isa = &linear_isa();
+    if (p.isa->few && c->m <= p.isa->few_rows) p.isa = p.isa->few;
+    p.s = s;
+    p.padded = round_up(s.group_k, p.isa->k_step);
+    p.row_tiles = (c->m + p.isa->rows - 1) / p.isa->rows;
+    // One row tile reads packed 4-bit weights once; unpacking pays from the second on.
+    p.panel = s.bits == 4 ? !p.isa->nibbles || p.row_tiles > 1 : p.padded != s.group_k;
+    const int64_t row = s.groups * p.padded;
+    int64_t tiles = kRowBytes / (row * p.isa->rows);
+    if (tiles * p.isa->rows < 112) tiles = (111 + p.isa->rows) / p.isa->rows;
+    p.spans = (p.row_tiles + tiles - 1) / tiles;
+    p.strips = (s.blocks + p.isa->blocks - 1) / p.isa->blocks;
+    p.threads = threads < 1 ? 1 : threads > kThreads ? kThreads : threads;
+    // Several chunks a thread, so that a thread that starts late takes fewer of them.
+    const int64_t pieces = p.threads == 1 ? 1 : p.threads * 8;
+    p.chunk = (p.strips + pieces - 1) / pieces;
+    p.chunks = (p.strips + p.chunk - 1) / p.chunk;
+    // A tile may read, and ignore, rows past the last one.
+    p.x_bytes = round_up(c->m * row + kMaxRows * kLine, kLine);
+    p.correction_bytes = round_up(c->m * s.groups * 4, kLine);
+    p.scale_bytes = round_up(c->m * 4, kLine);
+    p.panel_bytes = p.panel ? p.isa->blocks * row * kBlock : 0;
+    // The last strip's tile: y, residual, bias.
+    const int64_t edge = (2 * kMaxRows + 1) * kMaxBlocks * kBlock * 4;
+    p.thread_bytes = round_up(p.panel_bytes + edge, kLine);
+    return p;
+}
+
+int64_t bytes_of(const Plan& p) {
+    return kLine + p.x_bytes + p.correction_bytes + p.scale_bytes + p.threads * p.thread_bytes;
+}
+
+// Rows of row tile i: [first(i), first(i + 1)).
+int64_t first_row(const Job& job, int64_t i) {
+    return i * job.call->m / job.plan.row_tiles;
+}
+
+void fill_scales(const mqc_linear_call& c, float* scale) {
+    const uint8_t* mask = static_cast<const uint8_t*>(c.modality);
+    const int64_t* count = static_cast<const int64_t*>(c.modality);
+    for (int64_t row = 0; row < c.m; row++) {
+        bool visual = false;
+        if (c.modality_form == MQC_MODALITY_MASK) visual = mask[row] != 0;
+        if (c.modality_form == MQC_MODALITY_COUNT)
+            visual = row % c.sequence < count[row / c.sequence];
+        scale[row] = c.x_scale[visual ? 1 : 0];
+    }
+}
+
+void pack_task(void* context, size_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const Plan& p = job.plan;
+    const int64_t i = static_cast<int64_t>(index);
+    const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
+    p.isa->pack_rows(static_cast<const uint8_t*>(job.call->xq) + row * p.s.k, rows, p.s, p.padded,
+                     job.call->x_unsigned ? 0x80 : 0, job.x + row * p.s.groups * p.padded,
+                     job.correction + row * p.s.groups);
+}
+
+// Weights of a strip for the tiles: where they are packed, or unpacked to the panel.
+void set_weights(const Job& job, int64_t block, int64_t blocks, uint8_t* panel, Tile* t) {
+    const Plan& p = job.plan;
+    const uint8_t* packed =
+        static_cast<const uint8_t*>(job.call->packed) + block * p.s.block_bytes;
+    t->group_k = p.padded;
+    if (!p.panel) {
+        t->w = packed;
+        t->w_block = p.s.block_bytes;
+        t->w_group = p.s.group_bytes;
+        return;
+    }
+    t->w = panel;
+    t->w_group = p.padded * kBlock;
+    t->w_block = t->w_group * p.s.groups;
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t g = 0; g < p.s.groups; g++) {
+            const uint8_t* in = packed + b * p.s.block_bytes + g * p.s.group_bytes;
+            uint8_t* out = panel + b * t->w_block + g * t->w_group;
+            if (p.s.bits == 4) {
+                p.isa->unpack(in, p.s.group_k, p.padded, out);
+            } else {
+                memcpy(out, in, static_cast<size_t>(p.s.group_bytes));
+                memset(out + p.s.group_bytes, 0,
+                       static_cast<size_t>(t->w_group - p.s.group_bytes));
+            }
+        }
+}
+
+// Runs a tile whose channels reach past N on padded copies of what it reads and writes.
+void edge_tile(const Job& job, Form form, Tile t, int64_t channels, float* edge) {
+    const mqc_linear_call& c = *job.call;
+    const int64_t width = kMaxBlocks * kBlock;
+    float* y = edge;
+    float* residual = y + kMaxRows * width;
+    float* bias = residual + kMaxRows * width;
+    memset(residual, 0, static_cast<size_t>((kMaxRows + 1) * width) * sizeof(float));
+    const size_t bytes = static_cast<size_t>(channels) * sizeof(float);
+    if (t.bias) memcpy(bias, t.bias, bytes);
+    if (t.residual)
+        for (int64_t r = 0; r < t.rows; r++)
+            memcpy(residual + r * width, t.residual + r * c.shape.n, bytes);
+    float* target = t.y;
+    t.y = y;
+    t.y_row = t.residual_row = width;
+    if (t.bias) t.bias = bias;
+    if (t.residual) t.residual = residual;
+    if (channels <= kBlock) t.w_block = t.scale_block = t.split_block = 0;  // one block, twice
+    job.plan.isa->tile(form, t);
+    for (int64_t r = 0; r < t.rows; r++) memcpy(target + r * c.shape.n, y + r * width, bytes);
+}
+
+void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, uint8_t* scratch) {
+    const mqc_linear_call& c = *job.call;
+    const Plan& p = job.plan;
+    const int64_t block = index * p.isa->blocks, column = block * kBlock;
+    const int64_t blocks = p.s.blocks - block < p.isa->blocks ? p.s.blocks - block : p.isa->blocks;
+    const int64_t channels = c.shape.n - column;
+    Tile t;
+    set_weights(job, block, blocks, scratch, &t);
+    const Form form = p.s.bits == 8 ? kBytes : p.panel ? kSmall : kNibbles;
+    t.groups = p.s.groups;
+    t.scale_block = p.s.groups * kBlock;
+    t.w_scale = c.w_scale + block * t.scale_block;
+    t.bias = c.bias ? c.bias + column : nullptr;
+    t.split = c.split;
+    t.split_block = c.split * kBlock;
+    t.w_split = c.split ? c.w_split + block * t.split_block : nullptr;
+    t.residual_row = t.y_row = c.shape.n;
+    // While the first row tile is computed, the next strip's packed weights come to the cache.
+    const bool more = p.panel && p.s.bits == 4 && index + 1 < p.strips;
+    t.ahead = more ? static_cast<const uint8_t*>(c.packed) +
+                         (block + p.isa->blocks) * p.s.block_bytes
+                   : nullptr;
+    t.ahead_block = p.s.block_bytes;
+    for (int64_t i = tile_from; i < tile_to; i++) {
+        const int64_t row = first_row(job, i);
+        t.rows = first_row(job, i + 1) - row;
+        t.x = job.x + row * p.s.groups * p.padded;
+        t.correction = job.correction + row * p.s.groups;
+        t.x_scale = job.x_scale + row;
+        t.x_split = c.split ? c.x_split + row * c.split : nullptr;
+        t.residual = c.residual ? c.residual + row * c.shape.n + column : nullptr;
+        t.y = c.y + row * c.shape.n + column;
+        if (channels < p.isa->blocks * kBlock)
+            edge_tile(job, form, t, channels, reinterpret_cast<float*>(scratch + p.panel_bytes));
+        else
+            p.isa->tile(form, t);
+        t.ahead = nullptr;
+    }
+}
+
+// Takes units of work (a chunk of strips times a span of rows) until none is left.
+void multiply_task(void* context, size_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const Plan& p = job.plan;
+    uint8_t* scratch = job.scratch + static_cast<int64_t>(index) * p.thread_bytes;
+    if (p.isa->begin) p.isa->begin();
+    for (;;) {
+        const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
+        if (unit >= p.chunks * p.spans) break;
+        const int64_t span = unit / p.chunks, from = unit % p.chunks * p.chunk;
+        const int64_t to = from + p.chunk < p.strips ? from + p.chunk : p.strips;
+        for (int64_t i = from; i < to; i++)
+            strip(job, i, span * p.row_tiles / p.spans, (span + 1) * p.row_tiles / p.spans,
+                  scratch);
+    }
+    if (p.isa->end) p.isa->end();
+}
+
+void run(Job* job, uint8_t* memory, const mqc_threads* threads) {
+    const Plan& p = job->plan;
+    uint8_t* at = reinterpret_cast<uint8_t*>(
+        round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)), kLine));
+    job->x = reinterpret_cast<int8_t*>(at);
+    job->correction = reinterpret_cast<int32_t*>(at += p.x_bytes);
+    job->x_scale = reinterpret_cast<float*>(at += p.correction_bytes);
+    job->scratch = at + p.scale_bytes;
+    job->next.store(0, std::memory_order_relaxed);
+    fill_scales(*job->call, job->x_scale);
+    const bool parallel = p.threads > 1;
+    if (parallel && job->call->m * p.s.k >= 1 << 16) {
+        threads->parallel_for(threads->pool, static_cast<size_t>(p.row_tiles), pack_task, job);
+    } else {
+        for (int64_t i = 0; i < p.row_tiles; i++) pack_task(job, static_cast<size_t>(i));
+    }
+    if (parallel && p.chunks * p.spans > 1)
+        threads->parallel_for(threads->pool, static_cast<size_t>(p.threads), multiply_task, job);
+    else
+        multiply_task(job, 0);
+}
+
+}  // namespace
+}  // namespace mqc
+
+int64_t mqc_linear_workspace_bytes(const mqc_linear_call* call, int32_t threads) {
+    mqc::Sizes s;
+    const mqc_status status = mqc::check(call, &s);
+    return status == MQC_OK ? mqc::bytes_of(mqc::plan_of(call, s, threads)) : status;
+}
+
+mqc_status mqc_linear(const mqc_linear_call* call, const mqc_threads* threads) {
+    mqc::Job job;
+    mqc::Sizes s;
+    mqc_status status = mqc::check(call, &s);
+    if (status != MQC_OK || call->m == 0) return status;
+    status = mqc::check_pointers(call);
+    if (status != MQC_OK) return status;
+    const bool parallel = threads && threads->parallel_for && threads->threads > 1;
+    job.call = call;
+    job.plan = mqc::plan_of(call, s, parallel ? threads->threads : 1);
+    void* own = nullptr;
+    if (!call->workspace) {
+        own = malloc(static_cast<size_t>(mqc::bytes_of(job.plan)));
+        if (!own) return MQC_NO_MEMORY;
+    }
+    mqc::run(&job, static_cast<uint8_t*>(own ? own : call->workspace), threads);
+    free(own);
+    return MQC_OK;
+}

@@ -1,0 +1,177 @@
+// The tile kernel, written once over a vector type V that the including file defines:
+//
+//   V::lanes                  int32 lanes; a block of 16 channels is 16 / lanes vectors
+//   V::Int, V::Float, V::Bytes, V::Input
+//   Bytes load(const uint8_t*)         4 * lanes weight bytes
+//   Bytes low(Bytes), high(Bytes)      the nibbles of each byte, 0..15
+//   Input spread(const int8_t*)        4 values of x, for every lane
+//   Int dot<form>(Int, Bytes, Input)   + sum over 4 of unsigned weight * signed x, a lane
+//   Int spread_int(int32_t), Int add(Int, Int), Float to_float(Int)
+//   Float load_float, store_float, spread_float, mul, add
+//
+// Everything is in an unnamed namespace: copies for different instruction sets share no function.
+#pragma once
+
+#include <string.h>
+
+#include "linear.h"
+
+namespace {
+
+using mqc::Form;
+using mqc::kBlock;
+using mqc::kBytes;
+using mqc::kNibbles;
+using mqc::kSmall;
+using mqc::Sizes;
+using mqc::Tile;
+
+template <class V>
+constexpr int64_t kVectors = kBlock / V::lanes;  // of a block
+
+// y of one vector of one row from its scaled sums; the order of mqc_kernels.h.
+template <class V>
+inline void finish(const Tile& t, int64_t row, int64_t block, int64_t lane,
+                   typename V::Float sum) {
+    const int64_t column = block * kBlock + lane;
+    typename V::Float y = V::mul(sum, V::spread_float(t.x_scale[row]));
+    if (t.bias) y = V::add(y, V::load_float(t.bias + column));
+    if (t.split) {
+        const float* x = t.x_split + row * t.split;
+        const float* w = t.w_split + block * t.split_block + lane;
+        typename V::Float term = V::mul(V::spread_float(x[0]), V::load_float(w));
+        for (int64_t j = 1; j < t.split; j++)
+            term = V::add(term, V::mul(V::spread_float(x[j]), V::load_float(w + j * kBlock)));
+        y = V::add(y, term);
+    }
+    if (t.residual) y = V::add(y, V::load_float(t.residual + row * t.residual_row + column));
+    V::store_float(t.y + row * t.y_row + column, y);
+}
+
+// R rows, B blocks. `x` is [groups, group_k / 4, R, 4].
+template <class V, int R, int B, Form form>
+void tile_of(const Tile& t) {
+    constexpr int N = B * kVectors<V>;
+    // Few sums: keep two of each, or the latency of the dot product would show.
+    constexpr bool two = R * N <= V::latency;
+    float partial[R][B * kBlock] = {};
+    const int8_t* x = t.x;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) __builtin_prefetch(t.y + r * t.y_row + b * kBlock, 1);
+    for (int64_t g = 0; g < t.groups; g++) {
+        typename V::Int sum[R][N], second[two ? R : 1][two ? N : 1];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const typename V::Int start = V::spread_int(t.correction[g * R + r]);
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) {
+                sum[r][v] = start;
+                if (two) second[two ? r : 0][two ? v : 0] = V::spread_int(0);
+            }
+        }
+        const uint8_t* w = t.w + g * t.w_group;
+        const uint8_t* ahead = t.ahead ? t.ahead + g * t.w_group : nullptr;
+        const int64_t stride = form == kNibbles ? 64 : 128;
+        for (int64_t i = 0; i < t.group_k / 8; i++, w += stride, x += 8 * R) {
+            typename V::Bytes w0[N], w1[N];
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) {
+                const uint8_t* p = w + v / kVectors<V> * t.w_block + v % kVectors<V> * 4 * V::lanes;
+                if (form == kNibbles) {
+                    const typename V::Bytes both = V::load(p);
+                    w0[v] = V::low(both);
+                    w1[v] = V::high(both);
+                } else {
+                    w0[v] = V::load(p);
+                    w1[v] = V::load(p + 64);
+                }
+            }
+            if (ahead) {
+#pragma GCC unroll 16
+                for (int b = 0; b < B; b++) __builtin_prefetch(ahead + b * t.ahead_block);
+                ahead += 64;
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const typename V::Input value = V::spread(x + 4 * r);
+#pragma GCC unroll 16
+                for (int v = 0; v < N; v++)
+                    sum[r][v] = V::template dot<form>(sum[r][v], w0[v], value);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const typename V::Input value = V::spread(x + 4 * R + 4 * r);
+#pragma GCC unroll 16
+                for (int v = 0; v < N; v++) {
+                    typename V::Int& target = two ? second[two ? r : 0][two ? v : 0] : sum[r][v];
+                    target = V::template dot<form>(target, w1[v], value);
+                }
+            }
+        }
+        const bool last = g == t.groups - 1;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) {
+                const int64_t block = v / kVectors<V>, lane = v % kVectors<V> * V::lanes;
+                const float* scale = t.w_scale + block * t.scale_block + g * kBlock + lane;
+                typename V::Int total = sum[r][v];
+                if (two) total = V::add(total, second[two ? r : 0][two ? v : 0]);
+                typename V::Float s = V::mul(V::to_float(total), V::load_float(scale));
+                float* before = &partial[r][block * kBlock + lane];
+                if (t.groups > 1) s = V::add(V::load_float(before), s);
+                if (last)
+                    finish<V>(t, r, block, lane, s);
+                else
+                    V::store_float(before, s);
+            }
+        }
+    }
+}
+
+template <class V, int B, Form form, int R>
+inline void tile_rows(const Tile& t) {
+    if (t.rows == R) return tile_of<V, R, B, form>(t);
+    if constexpr (R > 1) tile_rows<V, B, form, R - 1>(t);
+}
+
+// Interleaves rows by fours of k: [groups, padded / 4, rows, 4].
+inline void pack_rows_interleaved(const uint8_t* x, int64_t rows, const Sizes& s, int64_t padded,
+                                  uint8_t flip, int8_t* packed, int32_t* correction) {
+    const uint32_t flips = flip * 0x01010101u;
+    const int32_t zero = s.bits == 4 ? 8 : 128;
+    for (int64_t g = 0; g < s.groups; g++) {
+        int8_t* out = packed + g * padded * rows;
+        for (int64_t r = 0; r < rows; r++) {
+            const uint8_t* in = x + r * s.k + g * s.group;
+            int32_t sum = 0;
+            for (int64_t i = 0; i < s.group; i++) sum += static_cast<int8_t>(in[i] ^ flip);
+            correction[g * rows + r] = -zero * sum;
+            const int64_t whole = s.group / 4;
+            for (int64_t i = 0; i < whole; i++) {
+                uint32_t four;
+                memcpy(&four, in + 4 * i, 4);
+                four ^= flips;
+                memcpy(out + (i * rows + r) * 4, &four, 4);
+            }
+            for (int64_t i = 4 * whole; i < padded; i++)
+                out[(i / 4 * rows + r) * 4 + i % 4] =
+                    i < s.group ? static_cast<int8_t>(in[i] ^ flip) : 0;
+        }
+    }
+}
+
+template <class V>
+inline void unpack_nibbles(const uint8_t* packed, int64_t group_k, int64_t padded,
+                           uint8_t* panel) {
+    for (int64_t i = 0; i < group_k / 8; i++, packed += 64, panel += 128)
+        for (int v = 0; v < kVectors<V>; v++) {
+            const typename V::Bytes both = V::load(packed + v * 4 * V::lanes);
+            V::store(panel + v * 4 * V::lanes, V::low(both));
+            V::store(panel + 64 + v * 4 * V::lanes, V::high(both));
+        }
+    if (padded > group_k) memset(panel, 0, static_cast<size_t>(padded - group_k) * kBlock);
+}
+
+}  // namespace
