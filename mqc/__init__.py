@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mqc.api import compile, evaluate, inspect, load, opt, probe  # noqa: A004
+    from mqc.api import compile, evaluate, inspect, load, opt, plan, probe  # noqa: A004
     from mqc.backends.onnx.library import onnx_ops_library
     from mqc.capture import capture
     from mqc.transform import Pass, PassManager

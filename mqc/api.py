@@ -4,6 +4,7 @@ from mqc.compiler import CompileReport, PassOptions, compile, opt  # noqa: A004
 from mqc.evaluation import Evaluation, evaluate
 from mqc.inspection import Inspection, inspect
 from mqc.loading import load, load_float, open_model
+from mqc.planning import Plan, plan
 from mqc.probing import probe
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Evaluation",
     "Inspection",
     "PassOptions",
+    "Plan",
     "compile",
     "evaluate",
     "inspect",
@@ -18,5 +20,6 @@ __all__ = [
     "load_float",
     "open_model",
     "opt",
+    "plan",
     "probe",
 ]

@@ -19,6 +19,7 @@ from mqc.commands.evaluate import eval_command
 from mqc.commands.inspect import inspect_command, probe_command
 from mqc.commands.listing import passes_command, targets_command
 from mqc.commands.opt import opt_command
+from mqc.commands.plan import plan_command
 from mqc.commands.run import run_command
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command("run")(run_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("probe")(probe_command)
+app.command("plan")(plan_command)
 app.command("opt")(opt_command)
 app.command("passes")(passes_command)
 app.command("targets")(targets_command)

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"passes"},
     {"cuda", "backends"},
     {"config", "pipeline", "progress", "loading"},
-    {"", "compiler", "evaluation", "inspection", "probing", "api", "commands", "cli", "__main__"},
+    {"", "compiler", "evaluation", "inspection", "planning", "probing", "api", "commands", "cli", "__main__"},
     {"testing"},
 ]
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
