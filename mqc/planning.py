@@ -103,8 +103,8 @@ def plan(
     start = time.perf_counter()
     program = capture_shapes(model, revision=revision, trust_remote_code=trust_remote_code)
     sizes = ExampleSizes(1, tokens=tokens, past=0, rows=1)
-    rows = program.components["vision"].output("image_embeds").type.shape[0]
-    visual = ExampleSizes(1, **({rows: image_tokens} if str(rows).isidentifier() else {}))  # type: ignore[dict-item]
+    rows = str(program.components["vision"].output("image_embeds").type.shape[0])
+    visual = ExampleSizes(1, **({rows: image_tokens} if rows.isidentifier() else {}))
     activations = {
         part.name: peak_bytes(part, visual if part.name == "vision" else sizes) for part in program
     }

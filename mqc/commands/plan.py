@@ -83,7 +83,8 @@ def plan_command(
     console.print(common.table(title, COLUMNS, rows))
     cache = format_size(found.kv_bytes_per_token * found.tokens)
     console.print(
-        f"  weights {format_size(found.compiled_bytes)} (float32 {format_size(found.float_bytes)}), "
+        f"  weights {format_size(found.compiled_bytes)} "
+        f"(float32 {format_size(found.float_bytes)}), "
         f"KV cache {cache}; planned in {found.seconds:.1f} s",
         markup=False,
     )
