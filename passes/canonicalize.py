@@ -21,6 +21,7 @@ from mqc.ir.edit import (
     replace,
     tensor_type,
 )
+from mqc.passes.keep_rows import keep_rows
 from mqc.transform import Pass, PassContext, PassResult
 
 _DROPPED = (
@@ -64,7 +65,7 @@ class Canonicalize(Pass):
         result = PassResult(program)
         for component in program:
             for node in list(component.graph.nodes):
-                if node.op == "call_function" and node.target in _DROPPED and ctx.take():
+                if _is_copy(node) and ctx.take():
                     replace(node, node.args[0])
                     result.counts["copies"] += 1
                 elif node.target in _RESHAPES and ctx.take():
@@ -91,6 +92,8 @@ class Canonicalize(Pass):
                 elif node.target in _CONVS and _tiles(node) and ctx.take():
                     _conv_to_linear(program, node)
                     result.counts["patch_linears"] += 1
+            if kept := keep_rows(component, ctx):
+                result.counts["kept_rows"] += kept
         eliminate_dead_code(program)
         program.dialect = "canonical"
         return result
@@ -100,6 +103,13 @@ class Canonicalize(Pass):
             for node in component.graph.nodes:
                 if node.target in _CASTS and _is_float_cast(node):
                     raise PassPostconditionError(f"%{node.name} is still a cast between floats")
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether ``node`` gives its first argument as it is; padding by nothing does."""
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return all(amount == 0 for amount in node.args[1])  # type: ignore[union-attr]
+    return node.op == "call_function" and node.target in _DROPPED
 
 
 # ---- views, casts, constants ---------------------------------------------------------------
@@ -293,8 +303,9 @@ def _conv_to_linear(program: Program, node: fx.Node) -> None:
             shape.with_shape(rows, channels, *split),
             node,
         )
-        # [batch, C, g0, w0, g1, w1, ..] -> [batch, g0, g1, .., C, w0, w1, ..]
-        order = [0, *range(2, 2 + 2 * rank, 2), 1, *range(3, 3 + 2 * rank, 2)]
+        # [batch, C, g0, w0, g1, w1, ..] -> [batch, g0, g1, .., w0, w1, .., C]: channels stay
+        # side by side, so that analyses can follow them into the linear.
+        order = [0, *range(2, 2 + 2 * rank, 2), *range(3, 3 + 2 * rank, 2), 1]
         moved_shape = [tensor_type(tiles).shape[dim] for dim in order]
         moved = call(
             graph, aten.permute.default, (tiles, order), shape.with_shape(*moved_shape), node
@@ -306,9 +317,8 @@ def _conv_to_linear(program: Program, node: fx.Node) -> None:
             shape.with_shape(rows, *grid, patch),
             node,
         )
-        matrix = get_param(
-            program, graph, str(weight.target), values.reshape(values.shape[0], patch)
-        )
+        columns = values.movedim(1, -1).reshape(values.shape[0], patch)
+        matrix = get_param(program, graph, str(weight.target), columns)
         kind = shape.with_shape(rows, *grid, values.shape[0])
         linear = call(graph, aten.linear.default, (flat, matrix, bias), kind, node)
         last = call(

@@ -99,6 +99,9 @@ def _obstacle(flow: ChannelFlow, node: fx.Node) -> str | None:
         return f"the output is read by {site.node.target} (%{site.node.name})"
     if not group.readers:
         return "no linear reads the output"
+    shifted = node.target == aten.layer_norm.default and argument(node, 3) is not None
+    if shifted and any(site.scaled for site in group.readers):
+        return "its bias is scaled on the way to a linear"
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 import mqc.ops  # noqa: F401  (registers the operators that this pass puts in)
 from mqc.analysis.flow import is_linear
 from mqc.analysis.head import find_head
+from mqc.analysis.routing import find_routers
 from mqc.calib.samples import component_samples
 from mqc.calib.walk import Values, walk
 from mqc.errors import PassPreconditionError
@@ -87,15 +88,16 @@ def _plan(
 ) -> dict[fx.Node, WeightSpec]:
     """The weight spec of every linear and embedding that is to be quantized."""
     head = find_head(component)
+    kept = dict.fromkeys(find_routers(component), "a router chooses experts by comparison")
     plan = {}
     for node in component.graph.nodes:
         weights = spec.head if node is head else spec.weights
         if weights is None or not weights.quantized:
             continue
         if is_linear(node):
-            if "keep_float" in node.meta:
-                where = f"{component.name}.%{node.name}"
-                result.skips.append(Skip(where, str(node.meta["keep_float"])))
+            reason = node.meta.get("keep_float") or kept.get(node)
+            if reason is not None:
+                result.skips.append(Skip(f"{component.name}.%{node.name}", str(reason)))
             else:
                 plan[node] = weights
         elif node.target == aten.embedding.default and component.name == "embed":

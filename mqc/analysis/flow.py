@@ -24,6 +24,7 @@ from mqc.ir.edit import argument, aten, is_tensor, tensor_type
 from mqc.ir.serialize import target_name
 from mqc.ir.types import TensorType
 
+_SCALING = (aten.sum.dim_IntList, aten.mul.Scalar, aten.div.Scalar)
 NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
@@ -32,12 +33,15 @@ class Track(NamedTuple):
     """A value holds a group's axis at ``axis`` (negative index), ``blocks`` times side by side.
 
     ``normed``: the value passed a norm on its way (its mean, under LayerNorm, is gone).
+    ``scaled``: rows were multiplied by numbers or summed on the way: a rotation does not mind, but
+    what was added before is no longer what was added.
     """
 
     group: int
     axis: int = -1
     blocks: int = 1
     normed: bool = False
+    scaled: bool = False
 
     @property
     def place(self) -> tuple[int, int]:
@@ -53,6 +57,7 @@ class Site(NamedTuple):
     axis: int = -1
     blocks: int = 1
     normed: bool = False
+    scaled: bool = False
 
 
 @dataclass
@@ -160,9 +165,23 @@ class ChannelFlow:
             self._open(node, axis, width).writers.append(site)
 
     def _source(self, value: fx.Node) -> None:
-        """Let an untracked value join as an online-rotated source (channels last)."""
+        """Let an untracked value join as an online-rotated source (channels last).
+
+        What a constant was added to joins by itself: it may be easier to rotate than the sum.
+        """
         width = tensor_type(value).shape[-1]
         assert isinstance(width, int)
+        if value.target == aten.add.Tensor and len(value.args) == 2 and not value.kwargs:
+            for inner, constant in (value.args, value.args[::-1]):
+                if not (is_tensor(inner) and self.is_constant(constant) and is_tensor(constant)):
+                    continue
+                assert isinstance(inner, fx.Node) and isinstance(constant, fx.Node)
+                if self.is_constant(inner) or tensor_type(inner).shape[-1:] != (width,):
+                    continue
+                self._source(inner)
+                self.tracks[value] = self.tracks[inner]._replace(normed=False)
+                self._group(value).constants.append(Site(self._component, value, constant))
+                return
         self._open(value, -1, width).sources.append(Site(self._component, value, value))
 
     def is_constant(self, value: Any) -> bool:
@@ -187,7 +206,8 @@ class ChannelFlow:
         track = self.track(value)
         moved = None if track is None else move_axis(node, track.axis, track.blocks)
         if track is not None and moved is not None:
-            self.tracks[node] = Track(track.group, *moved, track.normed)
+            scaled = track.scaled or node.target in _SCALING
+            self.tracks[node] = Track(track.group, *moved, track.normed, scaled)
             self._barrier(node, *(n for n in node.all_input_nodes if n is not value))
         elif target_name(node.target) != "aten.sym_size.int":
             self._barrier(node, *node.all_input_nodes)
@@ -292,7 +312,8 @@ def _add(flow: ChannelFlow, node: fx.Node) -> None:
     one, two = flow.track(left), flow.track(right)
     if one is not None and two is not None:
         if one.place == two.place and one.blocks == 1 and flow._union(one.group, two.group):
-            flow.tracks[node] = one._replace(normed=one.normed and two.normed)
+            both = one._replace(normed=one.normed and two.normed)
+            flow.tracks[node] = both._replace(scaled=one.scaled or two.scaled)
             flow._group(node).adds += 1
         else:
             flow._barrier(node, left, right)
@@ -322,7 +343,7 @@ def _scale(flow: ChannelFlow, node: fx.Node) -> None:
         and _is_one(tensor_type(factor), track.axis)
     )
     if track is not None and scalar and isinstance(value, fx.Node):
-        flow.tracks[node] = track
+        flow.tracks[node] = track._replace(scaled=True)
     else:
         flow._barrier(node, value, factor)
 
@@ -349,7 +370,8 @@ def _join(flow: ChannelFlow, node: fx.Node, values: list[fx.Node], mixes_axis: b
         return
     tracks = [flow.track(value) for value in values]
     normed = all(track is not None and track.normed for track in tracks)
-    flow.tracks[node] = first._replace(normed=normed)
+    scaled = any(track is not None and track.scaled for track in tracks)
+    flow.tracks[node] = first._replace(normed=normed, scaled=scaled)
     for value in values:
         if flow.track(value) is None:
             site = Site(flow._component, node, value, first.axis)
@@ -371,6 +393,17 @@ def _masked_scatter(flow: ChannelFlow, node: fx.Node) -> None:
     _join(flow, node, [value, source], False)
 
 
+def _where(flow: ChannelFlow, node: fx.Node) -> None:
+    """Rows of one value or of the other, as long as all channels of a row go together."""
+    condition, left, right = node.args
+    assert isinstance(condition, fx.Node)
+    values = [value for value in (left, right) if isinstance(value, fx.Node)]
+    first = next((track for v in values if (track := flow.track(v)) is not None), None)
+    mixes = first is not None and not _is_one(tensor_type(condition), first.axis)
+    same = all(tensor_type(value).rank == tensor_type(node).rank for value in values)
+    _join(flow, node, values, mixes or not same)
+
+
 _RULES: dict[Any, Callable[[ChannelFlow, fx.Node], None]] = {
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
@@ -379,6 +412,7 @@ _RULES: dict[Any, Callable[[ChannelFlow, fx.Node], None]] = {
     aten.div.Tensor: _scale,
     aten.cat.default: _cat,
     aten.masked_scatter.default: _masked_scatter,
+    aten.where.self: _where,
     **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(CONVS, _conv),
 }

@@ -67,10 +67,11 @@ def _sources(down: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], b
         if (node, linear_path) in seen:
             continue
         seen.add((node, linear_path))
-        if is_linear(node):
+        linear = node.args[0] if _takes_channels(node) else node
+        if isinstance(linear, fx.Node) and is_linear(linear):
             if tensor_type(node).shape[-1] != width:
                 return (), (), False
-            linears[node] = linears.get(node, True) and linear_path
+            linears[linear] = linears.get(linear, True) and linear_path
         elif node.op == "get_attr":
             continue
         elif node.op == "call_function" and _pointwise(node):
@@ -79,9 +80,16 @@ def _sources(down: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], b
             stack += [(n, through) for n in node.all_input_nodes if is_tensor(n)]
         else:
             return (), (), False
-    path = {node for node, _ in seen}
+    path = {node for node, _ in seen} | set(linears)
     private = all(set(n.users) <= path | {down} for n, through in seen if through)
     return tuple(linears), tuple(n for n in linears if linears[n] and private), active
+
+
+def _takes_channels(node: fx.Node) -> bool:
+    """Whether ``node`` is some of the channels of its argument: one of several fused linears."""
+    if node.target != aten.slice.Tensor:
+        return False
+    return int(node.args[1]) % tensor_type(node).rank == tensor_type(node).rank - 1  # type: ignore[call-overload]
 
 
 def _pointwise(node: fx.Node) -> bool:
