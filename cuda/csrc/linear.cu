@@ -1,0 +1,201 @@
+// mqc_linear: checks, choice of the kernel, launch.
+#include "linear_launch.h"
+
+namespace mqc {
+
+namespace {
+
+constexpr int kMaxInputs = 131072;  // 16 * 8 * 127 * k and 127 * 127 * k stay below 2^31
+constexpr int kMaxSplitColumns = 64;
+
+template <class Shape> constexpr KernelShape shape_of() {
+  return {Shape::kChannels, Shape::kTokens, Shape::kWarpsK, Shape::kBlocks};
+}
+
+int bits_of(int layout) { return layout == MQC_LAYOUT_W4_64X128 ? 4 : 8; }
+
+// Few tokens: the shape that just holds them. Many: wgmma where it fills half of the device.
+int choose_kernel(const mqc_linear_args& args, const Device& device) {
+  if (args.rows <= 8) return MQC_LINEAR_MMA_8;
+  if (args.rows <= 16) return MQC_LINEAR_MMA_16;
+  if (args.rows <= 32) return MQC_LINEAR_MMA_32;
+  if (args.rows <= 64) return MQC_LINEAR_MMA_64;
+  const KernelShape wgmma = kernel_shape(MQC_LINEAR_WGMMA);
+  const int64_t tiles = ceil_div(args.n, wgmma.channels) * ceil_div(args.rows, wgmma.tokens);
+  if (device.arch == 90 && 2 * tiles >= device.multiprocessors) return MQC_LINEAR_WGMMA;
+  return MQC_LINEAR_MMA_128;
+}
+
+// Enough blocks to fill the device once, but at least two steps of k a block, and no more bytes of
+// partial sums than of weights.
+int choose_split(const mqc_linear_args& args, const Device& device, const KernelShape& shape, int64_t blocks) {
+  const int64_t target = static_cast<int64_t>(device.multiprocessors) * shape.blocks_per_multiprocessor;
+  const int64_t by_steps = ceil_div(args.k, kTileInputs) / (2 * shape.warps_k);
+  const int64_t by_bytes = args.k * bits_of(args.layout) / 8 / (4 * shape.tokens);
+  int64_t split = target / blocks;
+  if (split > by_steps) split = by_steps;
+  if (split > by_bytes) split = by_bytes;
+  return split < 1 ? 1 : static_cast<int>(split);
+}
+
+int check_shape(const mqc_linear_args* args) {
+  MQC_REQUIRE(args != nullptr, "mqc_linear: args is NULL");
+  MQC_CHECK(check_size(args->size, sizeof(mqc_linear_args), "mqc_linear_args"));
+  MQC_REQUIRE(args->layout == MQC_LAYOUT_W4_64X128 || args->layout == MQC_LAYOUT_W8_64X128,
+              "mqc_linear: layout %d is unknown", args->layout);
+  MQC_REQUIRE(args->kernel >= MQC_LINEAR_AUTO && args->kernel <= MQC_LINEAR_WGMMA, "mqc_linear: kernel %d is unknown",
+              args->kernel);
+  MQC_REQUIRE(args->rows >= 0 && args->rows < (int64_t{1} << 31) - 128 && args->n > 0 &&
+                  args->n < (int64_t{1} << 31) - 256,
+              "mqc_linear: %lld rows, %lld channels", static_cast<long long>(args->rows),
+              static_cast<long long>(args->n));
+  MQC_REQUIRE(args->k > 0 && args->k <= kMaxInputs, "mqc_linear: k is %lld, 1..%d are exact in int32",
+              static_cast<long long>(args->k), kMaxInputs);
+  MQC_REQUIRE(args->split_k >= 0, "mqc_linear: split_k is %d", args->split_k);
+  return MQC_OK;
+}
+
+int fill_params(const mqc_linear_args& args, LinearParams& p) {
+  MQC_REQUIRE(args.x != nullptr && args.w != nullptr && args.w_scale != nullptr && args.y != nullptr,
+              "mqc_linear: x, w, w_scale or y is NULL");
+  MQC_REQUIRE(aligned16(args.x) && aligned16(args.w), "mqc_linear: x and w are not 16-byte aligned");
+  MQC_REQUIRE(args.x_stride % 16 == 0 && args.x_stride >= args.k,
+              "mqc_linear: x_stride %lld is not a multiple of 16 of at least k = %lld",
+              static_cast<long long>(args.x_stride), static_cast<long long>(args.k));
+  MQC_REQUIRE(args.y_stride >= args.n, "mqc_linear: y_stride %lld is below n", static_cast<long long>(args.y_stride));
+  MQC_REQUIRE(args.residual == nullptr || args.residual_stride >= args.n,
+              "mqc_linear: residual_stride %lld is below n", static_cast<long long>(args.residual_stride));
+  MQC_REQUIRE((args.x_split == nullptr) == (args.w_split == nullptr) &&
+                  (args.x_split == nullptr) == (args.split_columns == 0),
+              "mqc_linear: x_split, w_split and split_columns come together");
+  MQC_REQUIRE(args.split_columns >= 0 && args.split_columns <= kMaxSplitColumns,
+              "mqc_linear: %d split columns, at most %d", args.split_columns, kMaxSplitColumns);
+  MQC_REQUIRE(args.x_split == nullptr || args.x_split_stride >= args.split_columns,
+              "mqc_linear: x_split_stride %lld is below the columns", static_cast<long long>(args.x_split_stride));
+  const int bytes = dtype_bytes(args.dtype);
+  MQC_REQUIRE(bytes >= 2, "mqc_linear: dtype %d is not bf16, f16 or f32", args.dtype);
+  p = LinearParams{};
+  MQC_CHECK(check_modality(p.rows_scale, args.modality_kind, args.x_scale, args.modality, args.rows,
+                           args.rows_per_sequence, "mqc_linear"));
+  p.x = static_cast<const int8_t*>(args.x);
+  p.w = static_cast<const uint8_t*>(args.w);
+  p.w_scale = args.w_scale;
+  p.bias = args.bias;
+  p.x_split = args.x_split;
+  p.w_split = args.w_split;
+  p.residual = args.residual;
+  p.y = args.y;
+  p.x_stride = args.x_stride;
+  p.y_stride = args.y_stride;
+  p.residual_stride = args.residual_stride;
+  p.x_split_stride = args.x_split_stride;
+  p.rows = static_cast<int32_t>(args.rows);
+  p.n = static_cast<int32_t>(args.n);
+  p.k = static_cast<int32_t>(args.k);
+  p.channel_tiles = static_cast<int32_t>(ceil_div(args.n, kTileChannels));
+  p.input_tiles = static_cast<int32_t>(ceil_div(args.k, kTileInputs));
+  p.split_columns = args.split_columns;
+  const int vector = 16 / bytes;
+  const bool y_vectors = args.n % vector == 0 && args.y_stride % vector == 0 && aligned16(args.y);
+  const bool add_vectors =
+      args.residual == nullptr || (args.residual_stride % vector == 0 && aligned16(args.residual));
+  p.vector_io = y_vectors && add_vectors ? 1 : 0;
+  return MQC_OK;
+}
+
+}  // namespace
+
+KernelShape kernel_shape(int kernel) {
+  switch (kernel) {
+    case MQC_LINEAR_MMA_8: return shape_of<Mma8<4>>();
+    case MQC_LINEAR_MMA_16: return shape_of<Mma16<4>>();
+    case MQC_LINEAR_MMA_32: return shape_of<Mma32<4>>();
+    case MQC_LINEAR_MMA_64: return shape_of<Mma64<4>>();
+    case MQC_LINEAR_MMA_128: return shape_of<Mma128<4>>();
+    default: return {WgmmaShape<4, bf16>::kChannels, WgmmaShape<4, bf16>::kTokens, 1, 1};
+  }
+}
+
+int plan_linear(const mqc_linear_args& args, const Device& device, LinearPlan& plan) {
+  plan.kernel = args.kernel == MQC_LINEAR_AUTO ? choose_kernel(args, device) : args.kernel;
+  if (plan.kernel == MQC_LINEAR_WGMMA && device.arch != 90)
+    return fail(MQC_ERROR_UNSUPPORTED, "mqc_linear: wgmma needs compute capability 9.0, the device has %d.%d",
+                device.arch / 10, device.arch % 10);
+  const KernelShape shape = kernel_shape(plan.kernel);
+  plan.blocks = ceil_div(args.n, shape.channels) * ceil_div(args.rows, shape.tokens);
+  plan.split_k = 1;
+  plan.partial_bytes = 0;
+  if (plan.kernel == MQC_LINEAR_WGMMA || args.rows == 0) return MQC_OK;
+  const int64_t input_tiles = ceil_div(args.k, kTileInputs);
+  plan.split_k = args.split_k > 0 ? args.split_k : choose_split(args, device, shape, plan.blocks);
+  if (plan.split_k > input_tiles) plan.split_k = static_cast<int>(input_tiles);
+  if (plan.split_k == 1) return MQC_OK;
+  MQC_REQUIRE(plan.blocks <= kCounters, "mqc_linear: split_k of %lld blocks, at most %d can share",
+              static_cast<long long>(plan.blocks), kCounters);
+  plan.partial_bytes = plan.blocks * plan.split_k * shape.channels * shape.tokens * 4;
+  return MQC_OK;
+}
+
+}  // namespace mqc
+
+using namespace mqc;
+
+extern "C" {
+
+int mqc_linear_workspace(const mqc_linear_args* args, int64_t* bytes) {
+  MQC_REQUIRE(bytes != nullptr, "mqc_linear_workspace: bytes is NULL");
+  MQC_CHECK(check_shape(args));
+  Device device;
+  MQC_CHECK(current_device(device));
+  *bytes = 0;
+  if (args->kernel != MQC_LINEAR_AUTO || args->split_k > 0) {
+    LinearPlan plan;
+    MQC_CHECK(plan_linear(*args, device, plan));
+    if (plan.partial_bytes > 0) *bytes = kCounterBytes + plan.partial_bytes;
+    return MQC_OK;
+  }
+  // A split is chosen only where all its blocks run at once: that bounds the sums of any rows.
+  for (int kernel = MQC_LINEAR_MMA_8; kernel <= MQC_LINEAR_MMA_128; ++kernel) {
+    const KernelShape shape = kernel_shape(kernel);
+    const int64_t blocks = static_cast<int64_t>(device.multiprocessors) * shape.blocks_per_multiprocessor;
+    const int64_t needed = kCounterBytes + blocks * shape.channels * shape.tokens * 4;
+    if (needed > *bytes) *bytes = needed;
+    if (shape.tokens >= args->rows) break;
+  }
+  return MQC_OK;
+}
+
+int mqc_linear_choice(const mqc_linear_args* args, int32_t* kernel, int32_t* split_k) {
+  MQC_REQUIRE(kernel != nullptr && split_k != nullptr, "mqc_linear_choice: kernel or split_k is NULL");
+  MQC_CHECK(check_shape(args));
+  Device device;
+  MQC_CHECK(current_device(device));
+  LinearPlan plan;
+  MQC_CHECK(plan_linear(*args, device, plan));
+  *kernel = plan.kernel;
+  *split_k = plan.split_k;
+  return MQC_OK;
+}
+
+int mqc_linear(const mqc_linear_args* args, void* stream) {
+  MQC_CHECK(check_shape(args));
+  if (args->rows == 0) return MQC_OK;
+  LinearParams params;
+  MQC_CHECK(fill_params(*args, params));
+  Device device;
+  MQC_CHECK(current_device(device));
+  LinearPlan plan;
+  MQC_CHECK(plan_linear(*args, device, plan));
+  params.split_k = plan.split_k;
+  const int bits = bits_of(args->layout);
+  if (plan.kernel == MQC_LINEAR_WGMMA) return launch_linear_wgmma(params, device, bits, args->dtype, stream);
+  if (plan.split_k > 1) {
+    MQC_CHECK(check_workspace(args->workspace, args->workspace_bytes, kCounterBytes + plan.partial_bytes));
+    params.counters = static_cast<uint32_t*>(args->workspace);
+    params.partial = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(args->workspace) + kCounterBytes);
+  }
+  return bits == 4 ? launch_linear_mma_w4(params, plan, args->dtype, stream)
+                   : launch_linear_mma_w8(params, plan, args->dtype, stream);
+}
+
+}  // extern "C"

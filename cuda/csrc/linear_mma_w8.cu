@@ -1,0 +1,9 @@
+#include "linear_launch.h"
+
+namespace mqc {
+
+int launch_linear_mma_w8(const LinearParams& params, const LinearPlan& plan, int dtype, void* stream) {
+  return launch_linear_mma<8>(params, plan, dtype, stream);
+}
+
+}  // namespace mqc

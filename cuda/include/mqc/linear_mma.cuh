@@ -1,0 +1,240 @@
+// Linear with mma.sync (sm_80 on): weights are the left operand, tokens the columns.
+//
+// A block computes kChannels x kTokens outputs from a range of input tiles. Stages of shared memory
+// are filled by cp.async; each warp multiplies its fragments. kWarpsK warps share a fragment, each
+// taking every kWarpsK-th input tile. Blocks that share a tile of the product (split K) leave their
+// int32 sums in the workspace; the last to arrive adds them up and writes the rows.
+#pragma once
+
+#include "mqc/linear.cuh"
+
+namespace mqc {
+
+template <int kBits_, int kWarpsChannel_, int kWarpsToken_, int kWarpsK_, int kI_, int kJ_, int kStages_>
+struct MmaShape {
+  static constexpr int kBits = kBits_;
+  static constexpr int kWarpsChannel = kWarpsChannel_, kWarpsToken = kWarpsToken_, kWarpsK = kWarpsK_;
+  static constexpr int kI = kI_;  // fragments of 16 channels a warp
+  static constexpr int kJ = kJ_;  // fragments of 8 tokens a warp
+  static constexpr int kStages = kStages_;
+  static constexpr int kChannels = kWarpsChannel * kI * 16;
+  static constexpr int kTokens = kWarpsToken * kJ * 8;
+  static constexpr int kWarpsOutput = kWarpsChannel * kWarpsToken;
+  static constexpr int kThreads = 32 * kWarpsOutput * kWarpsK;
+  static constexpr int kTiles = kChannels / kTileChannels;  // weight tiles side by side
+  static constexpr int kWeightBytes = kTiles * kTileBytes<kBits>;
+  static constexpr int kTokenBytes = kTokens * kTileInputs;
+  static constexpr int kStageBytes = kWarpsK * (kWeightBytes + kTokenBytes);
+  static constexpr int kSums = kI * kJ * 4;  // accumulators of a thread
+  static constexpr int kBlocks = kTokens <= 64 ? 2 : 1;  // blocks a multiprocessor should hold
+  static_assert(kChannels % kTileChannels == 0, "a block takes whole weight tiles");
+
+  template <class T> MQC_HD static constexpr int stage_area() {
+    const int stages = kStages * kStageBytes;
+    const int output = kTokens * kStagePitch<T, kChannels> * static_cast<int>(sizeof(T));
+    const int sums = (kWarpsK - 1) * kWarpsOutput * kSums * 32 * 4;
+    const int most = stages > output ? stages : output;
+    return most > sums ? most : sums;
+  }
+  // Behind the stages: activation scales by token, and the flag of the last block.
+  template <class T> MQC_HD static constexpr int shared_bytes() { return stage_area<T>() + kTokens * 4 + 16; }
+};
+
+// Starts the copies of input tiles `tile`, tile + 1, .. (kWarpsK of them) to a stage.
+template <class Shape>
+MQC_D void mma_load_stage(const LinearParams& p, uint32_t stage, int tile, int tile_end, int first_channel_tile,
+                          int first_token, int thread) {
+  constexpr int kChunks = Shape::kWarpsK * Shape::kWeightBytes / 16;
+  MQC_UNROLL
+  for (int base = 0; base < kChunks; base += Shape::kThreads) {
+    const int index = base + thread;
+    if (kChunks % Shape::kThreads != 0 && index >= kChunks) break;
+    constexpr int kPerTile = kTileBytes<Shape::kBits> / 16;
+    const int chunk = index % kPerTile, column = index / kPerTile;
+    const int channel_tile = first_channel_tile + column % Shape::kTiles, input_tile = tile + column / Shape::kTiles;
+    const bool valid = input_tile < tile_end && channel_tile < p.channel_tiles;
+    const uint8_t* from = p.w + packed_tile<Shape::kBits>(valid ? channel_tile : 0, valid ? input_tile : 0, p.input_tiles);
+    gpu::copy_async16(stage + index * 16, from + chunk * 16, valid);
+  }
+  constexpr int kRowChunks = Shape::kWarpsK * Shape::kTokenBytes / 16;
+  const uint32_t tokens = stage + Shape::kWarpsK * Shape::kWeightBytes;
+  MQC_UNROLL
+  for (int base = 0; base < kRowChunks; base += Shape::kThreads) {
+    const int index = base + thread;
+    if (kRowChunks % Shape::kThreads != 0 && index >= kRowChunks) break;
+    const int chunk = index % 8, token = index / 8 % Shape::kTokens, part = index / (8 * Shape::kTokens);
+    const int input = (tile + part) * kTileInputs + chunk * 16, row = first_token + token;
+    const bool valid = tile + part < tile_end && row < p.rows && input < p.k;
+    const int8_t* from = p.x + (valid ? row * p.x_stride + input : 0);
+    gpu::copy_async16(tokens + part * Shape::kTokenBytes + swizzled_chunk(token, chunk), from, valid);
+  }
+}
+
+// Multiplies one input tile: `weights` and `tokens` are shared-memory addresses of its parts.
+template <class Shape>
+MQC_D void mma_multiply(int32_t (&sums)[Shape::kI][Shape::kJ][4], uint32_t weights, uint32_t tokens,
+                        int warp_channel, int warp_token, int lane) {
+  MQC_UNROLL
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t a[Shape::kI][2][4];
+    MQC_UNROLL
+    for (int i = 0; i < Shape::kI; ++i) {
+      const int fragment = warp_channel * Shape::kI + i;  // of 16 channels, in the block
+      const uint32_t tile = weights + fragment / 4 * kTileBytes<Shape::kBits>;
+      const int thread = fragment % 4 * 32 + lane;
+      if constexpr (Shape::kBits == 4) {
+        const gpu::Vector16 packed = gpu::load_shared16(tile + packed_vector(pair, thread));
+        MQC_UNROLL
+        for (int word = 0; word < 4; ++word)
+          unpack_int4(packed.word[word], a[i][word / 2][word % 2 * 2], a[i][word / 2][word % 2 * 2 + 1]);
+      } else {
+        MQC_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          const gpu::Vector16 loaded = gpu::load_shared16(tile + packed_vector(2 * pair + step, thread));
+          MQC_UNROLL
+          for (int r = 0; r < 4; ++r) a[i][step][r] = loaded.word[r];
+        }
+      }
+    }
+    MQC_UNROLL
+    for (int j = 0; j < Shape::kJ; ++j) {
+      uint32_t b[4];
+      const int token = (warp_token * Shape::kJ + j) * 8 + lane % 8;
+      gpu::load_matrix4(b, tokens + swizzled_chunk(token, pair * 4 + lane / 8));
+      MQC_UNROLL
+      for (int i = 0; i < Shape::kI; ++i) {
+        gpu::mma_s8(sums[i][j], a[i][0], b[0], b[1]);
+        gpu::mma_s8(sums[i][j], a[i][1], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Adds the sums of all blocks of a tile. True in the threads of the block that came last, which then
+// holds the totals; `flag` is 4 bytes of shared memory.
+template <class Shape>
+MQC_D bool mma_reduce_blocks(const LinearParams& p, int32_t (&sums)[Shape::kI][Shape::kJ][4], int tile, int split,
+                             bool holds_sums, int thread, uint32_t* flag) {
+  constexpr int kHolders = 32 * Shape::kWarpsOutput;
+  int32_t* partial = p.partial + static_cast<int64_t>(tile) * p.split_k * Shape::kSums * kHolders;
+  if (holds_sums) {
+    int32_t* mine = partial + static_cast<int64_t>(split) * Shape::kSums * kHolders + thread;
+    MQC_UNROLL
+    for (int s = 0; s < Shape::kSums; ++s)
+      gpu::store_l2(mine + s * kHolders, sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4]);
+  }
+  gpu::fence_device();  // the sums before the count
+  gpu::sync_block();
+  if (thread == 0) {
+    const uint32_t before = gpu::atomic_add(p.counters + tile, 1u);
+    *flag = before + 1 == static_cast<uint32_t>(p.split_k) ? 1u : 0u;
+    if (*flag) p.counters[tile] = 0;  // for the next launch: nobody else counts here any more
+  }
+  gpu::sync_block();
+  if (*flag == 0) return false;
+  gpu::fence_device();  // the count before the others' sums
+  if (holds_sums) {
+    for (int other = 0; other < p.split_k; ++other) {
+      if (other == split) continue;
+      const int32_t* theirs = partial + static_cast<int64_t>(other) * Shape::kSums * kHolders + thread;
+      MQC_UNROLL
+      for (int s = 0; s < Shape::kSums; ++s)
+        sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] += gpu::load_l2(theirs + s * kHolders);
+    }
+  }
+  return true;
+}
+
+// Grid: (channel blocks, token blocks, split_k).
+template <class Shape, class T>
+MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT LinearParams p) {
+  const int thread = gpu::thread_index(), lane = thread % 32, warp = thread / 32;
+  const int warp_k = warp / Shape::kWarpsOutput, warp_output = warp % Shape::kWarpsOutput;
+  const int warp_channel = warp_output % Shape::kWarpsChannel, warp_token = warp_output / Shape::kWarpsChannel;
+  const int first_channel_tile = gpu::block_x() * Shape::kTiles, first_token = gpu::block_y() * Shape::kTokens;
+  const int split = gpu::block_z();
+  const int tile_begin = static_cast<int>(static_cast<int64_t>(p.input_tiles) * split / p.split_k);
+  const int tile_end = static_cast<int>(static_cast<int64_t>(p.input_tiles) * (split + 1) / p.split_k);
+  const int steps = static_cast<int>(ceil_div(tile_end - tile_begin, Shape::kWarpsK));
+
+  uint8_t* shared = gpu::shared_memory();
+  const uint32_t stages = gpu::shared_address(shared);
+  int32_t sums[Shape::kI][Shape::kJ][4];
+  MQC_UNROLL
+  for (int s = 0; s < Shape::kSums; ++s) sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] = 0;
+
+  MQC_UNROLL
+  for (int s = 0; s < Shape::kStages - 1; ++s) {
+    if (s < steps)
+      mma_load_stage<Shape>(p, stages + s * Shape::kStageBytes, tile_begin + s * Shape::kWarpsK, tile_end,
+                            first_channel_tile, first_token, thread);
+    gpu::copy_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    gpu::copy_async_wait<Shape::kStages - 2>();
+    gpu::sync_block();  // the stage is complete for all, and nobody reads the one filled next
+    const int next = step + Shape::kStages - 1;
+    if (next < steps)
+      mma_load_stage<Shape>(p, stages + next % Shape::kStages * Shape::kStageBytes,
+                            tile_begin + next * Shape::kWarpsK, tile_end, first_channel_tile, first_token, thread);
+    gpu::copy_async_commit();
+    const uint32_t stage = stages + step % Shape::kStages * Shape::kStageBytes;
+    mma_multiply<Shape>(sums, stage + warp_k * Shape::kWeightBytes,
+                        stage + Shape::kWarpsK * Shape::kWeightBytes + warp_k * Shape::kTokenBytes, warp_channel,
+                        warp_token, lane);
+  }
+  auto* scales = reinterpret_cast<float*>(shared + Shape::template stage_area<T>());
+  static_assert(Shape::kTokens <= Shape::kThreads, "a thread a token");
+  if (thread < Shape::kTokens) scales[thread] = token_scale(p, first_token + thread);
+  gpu::copy_async_wait<0>();
+  gpu::sync_block();  // the stages are free for other uses, the scales complete
+
+  if constexpr (Shape::kWarpsK > 1) {
+    auto* others = reinterpret_cast<int32_t*>(shared);
+    const int slot = warp_output * 32 + lane;
+    constexpr int kHolders = 32 * Shape::kWarpsOutput;
+    if (warp_k > 0) {
+      MQC_UNROLL
+      for (int s = 0; s < Shape::kSums; ++s)
+        others[((warp_k - 1) * Shape::kSums + s) * kHolders + slot] =
+            sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4];
+    }
+    gpu::sync_block();
+    if (warp_k == 0) {
+      MQC_UNROLL
+      for (int k = 0; k < Shape::kWarpsK - 1; ++k) {
+        MQC_UNROLL
+        for (int s = 0; s < Shape::kSums; ++s)
+          sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] += others[(k * Shape::kSums + s) * kHolders + slot];
+      }
+    }
+    gpu::sync_block();
+  }
+
+  if (p.split_k > 1) {
+    auto* flag = reinterpret_cast<uint32_t*>(scales + Shape::kTokens);
+    const int tile = gpu::block_y() * gpu::blocks_x() + gpu::block_x();
+    if (!mma_reduce_blocks<Shape>(p, sums, tile, split, warp_k == 0, thread, flag)) return;
+  }
+
+  constexpr int kPitch = kStagePitch<T, Shape::kChannels>;
+  T* output = reinterpret_cast<T*>(shared);
+  const int channel = first_channel_tile * kTileChannels;
+  if (warp_k == 0) {
+    const int channel_local = warp_channel * Shape::kI * 16, token_local = warp_token * Shape::kJ * 8;
+    stage_fragments<T, Shape::kBits, kPitch>(p, sums, output, scales, channel + channel_local,
+                                             first_token + token_local, channel_local, token_local, lane);
+  }
+  gpu::sync_block();
+  write_rows<T, kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads>(p, output, channel, first_token, thread);
+}
+
+// The shapes that are built, by mqc_linear_kernel 1..5. Decode shapes take 8 warps for 64 channels,
+// each half of them every other input tile. Stages keep within the 99 KB of sm_89.
+template <int kBits> using Mma8 = MmaShape<kBits, 4, 1, 2, 1, 1, 4>;
+template <int kBits> using Mma16 = MmaShape<kBits, 4, 1, 2, 1, 2, 4>;
+template <int kBits> using Mma32 = MmaShape<kBits, 4, 1, 2, 1, 4, 4>;
+template <int kBits> using Mma64 = MmaShape<kBits, 4, 1, 2, 1, 8, kBits == 4 ? 4 : 3>;
+template <int kBits> using Mma128 = MmaShape<kBits, 2, 4, 1, 4, 4, kBits == 4 ? 4 : 3>;
+
+}  // namespace mqc

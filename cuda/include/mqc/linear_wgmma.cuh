@@ -1,0 +1,174 @@
+// Linear with wgmma (sm_90a), for many rows: 256 channels x 128 tokens a block, persistent.
+//
+// Warpgroup 0 is the producer: one thread keeps kStages stages of shared memory filled, weights by
+// bulk copies, tokens by TMA with the 128-byte swizzle. Warpgroups 1 and 2 are consumers: each turns
+// its 128 channels of int4 (or int8) weights into register fragments, the A operand, and multiplies
+// them with the tokens of the stage, the B operand. Per stage one `full` barrier (the producer's
+// arrival plus the bytes) and one `empty` barrier (one arrival a consumer warp).
+#pragma once
+
+#include "mqc/linear.cuh"
+
+namespace mqc {
+
+constexpr int kMaxSharedBytes = 232448;  // a block of sm_90
+
+template <int kBits_, class T> struct WgmmaShape {
+  static constexpr int kBits = kBits_;
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kM = 2;  // tiles of 64 channels a consumer
+  static constexpr int kTiles = kConsumers * kM;
+  static constexpr int kChannels = kTiles * kTileChannels;
+  static constexpr int kTokens = 128;
+  static constexpr int kTokenBytes = kTokens * kTileInputs;
+  static constexpr int kStageBytes = kTokenBytes + kTiles * kTileBytes<kBits>;
+  static constexpr int kOutputTokens = 64;  // rows of y staged at a time
+  static constexpr int kPitch = kStagePitch<T, kTileChannels>;
+  static constexpr int kOutputBytes = kOutputTokens * kPitch * static_cast<int>(sizeof(T));
+  static constexpr int kOtherBytes = 1024 + kConsumers * (kOutputBytes + kTokens * 4) + 128;  // alignment, barriers
+  static constexpr int kFit = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 5 ? kFit : 5;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  static_assert(kStages >= 3 && 16 * kStages <= 128, "stages to overlap, barriers in 128 bytes");
+};
+
+// The fragments of 64 channels x 128 inputs: a[step] for the four k32 steps. `thread` 0..127.
+template <int kBits> MQC_D void wgmma_load_fragments(uint32_t (&a)[4][4], uint32_t tile, int thread) {
+  if constexpr (kBits == 4) {
+    MQC_UNROLL
+    for (int pair = 0; pair < 2; ++pair) {
+      const gpu::Vector16 packed = gpu::load_shared16(tile + packed_vector(pair, thread));
+      MQC_UNROLL
+      for (int word = 0; word < 4; ++word) {
+        const int step = 2 * pair + word / 2, reg = word % 2 * 2;
+        unpack_int4(packed.word[word], a[step][reg], a[step][reg + 1]);
+      }
+    }
+  } else {
+    MQC_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const gpu::Vector16 loaded = gpu::load_shared16(tile + packed_vector(step, thread));
+      MQC_UNROLL
+      for (int r = 0; r < 4; ++r) a[step][r] = loaded.word[r];
+    }
+  }
+}
+
+// Grid: as many blocks as multiprocessors; dynamic shared memory Shape::kSharedBytes.
+template <int kBits, class T>
+MQC_KERNEL((WgmmaShape<kBits, T>::kThreads), 1)
+linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::TensorMap x_map) {
+#if MQC_SM90A
+  using Shape = WgmmaShape<kBits, T>;
+  const int thread = gpu::thread_index(), group = thread / 128;
+  uint8_t* shared = gpu::shared_memory();
+  const uint32_t unaligned = gpu::shared_address(shared);
+  const uint32_t stages = (unaligned + 1023u) & ~1023u;
+  uint8_t* behind = shared + (stages - unaligned) + Shape::kStages * Shape::kStageBytes;
+  const uint32_t full = gpu::shared_address(behind), empty = full + 8 * Shape::kStages;
+  behind += 128;
+
+  if (thread == 0) {
+    for (int s = 0; s < Shape::kStages; ++s) {
+      gpu::barrier_init(full + 8 * s, 1);
+      gpu::barrier_init(empty + 8 * s, 4 * Shape::kConsumers);
+    }
+    gpu::barrier_init_fence();
+  }
+  gpu::sync_block();
+
+  const int channel_blocks = static_cast<int>(ceil_div(p.channel_tiles, Shape::kTiles));
+  const int token_blocks = static_cast<int>(ceil_div(p.rows, Shape::kTokens));
+  const int tiles = channel_blocks * token_blocks;
+
+  if (group == 0) {
+    gpu::registers_release<40>();
+    if (thread == 0) {
+      gpu::prefetch_tensor_map(&x_map);
+      int stage = 0;
+      uint32_t parity = 1;  // the first pass over the stages finds them empty
+      for (int tile = gpu::block_x(); tile < tiles; tile += gpu::blocks_x()) {
+        const TileIndex at = tile_order(tile, channel_blocks, token_blocks, p.band);
+        const int first = at.channel * Shape::kTiles;
+        const int present = p.channel_tiles - first < Shape::kTiles ? p.channel_tiles - first : Shape::kTiles;
+        for (int input = 0; input < p.input_tiles; ++input) {
+          gpu::barrier_wait(empty + 8 * stage, parity);
+          const uint32_t barrier = full + 8 * stage, to = stages + stage * Shape::kStageBytes;
+          gpu::barrier_expect(barrier, Shape::kTokenBytes + present * kTileBytes<kBits>);
+          gpu::copy_tensor(to, &x_map, input * kTileInputs, at.token * Shape::kTokens, barrier);
+          for (int t = 0; t < present; ++t)
+            gpu::copy_bulk(to + Shape::kTokenBytes + t * kTileBytes<kBits>,
+                           p.w + packed_tile<kBits>(first + t, input, p.input_tiles), kTileBytes<kBits>, barrier);
+          if (++stage == Shape::kStages) {
+            stage = 0;
+            parity ^= 1;
+          }
+        }
+      }
+    }
+  } else {
+    gpu::registers_claim<232>();
+    const int consumer = group - 1, local = thread % 128, lane = thread % 32, warp = local / 32;
+    T* output = reinterpret_cast<T*>(behind + consumer * Shape::kOutputBytes);
+    auto* scales = reinterpret_cast<float*>(behind + Shape::kConsumers * Shape::kOutputBytes) + consumer * Shape::kTokens;
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int tile = gpu::block_x(); tile < tiles; tile += gpu::blocks_x()) {
+      const TileIndex at = tile_order(tile, channel_blocks, token_blocks, p.band);
+      int32_t sums[Shape::kM][64];
+      MQC_UNROLL
+      for (int m = 0; m < Shape::kM; ++m) {
+        MQC_UNROLL
+        for (int i = 0; i < 64; ++i) sums[m][i] = 0;
+      }
+      for (int input = 0; input < p.input_tiles; ++input) {
+        gpu::barrier_wait(full + 8 * stage, parity);
+        const uint32_t from = stages + stage * Shape::kStageBytes;
+        const uint64_t tokens = swizzle128_descriptor(from);
+        MQC_UNROLL
+        for (int m = 0; m < Shape::kM; ++m) {
+          uint32_t a[4][4];
+          wgmma_load_fragments<kBits>(
+              a, from + Shape::kTokenBytes + (consumer * Shape::kM + m) * kTileBytes<kBits>, local);
+          gpu::wgmma_fence();
+          MQC_UNROLL
+          for (int step = 0; step < 4; ++step) gpu::wgmma_s8(sums[m], a[step], tokens + 2 * step);
+          gpu::wgmma_commit();
+        }
+        gpu::wgmma_wait<0>();
+        gpu::sync_warp();
+        if (lane == 0) gpu::barrier_arrive(empty + 8 * stage);
+        if (++stage == Shape::kStages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+      MQC_UNROLL
+      for (int m = 0; m < Shape::kM; ++m) gpu::wgmma_hold(sums[m]);
+
+      const int token = at.token * Shape::kTokens;
+      // All passed a barrier after they read the scales of the previous tile.
+      scales[local] = token_scale(p, token + local);
+      MQC_UNROLL
+      for (int m = 0; m < Shape::kM; ++m) {
+        const int channel = (at.channel * Shape::kTiles + consumer * Shape::kM + m) * kTileChannels;
+        MQC_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          constexpr int kHalf = Shape::kOutputTokens;
+          int32_t part[1][8][4];
+          MQC_UNROLL
+          for (int i = 0; i < 32; ++i) part[0][i / 4][i % 4] = sums[m][32 * half + i];
+          gpu::sync_named(1 + consumer, 128);  // the buffer is free, the scales are complete
+          stage_fragments<T, kBits, Shape::kPitch>(p, part, output, scales + kHalf * half, channel + 16 * warp,
+                                                   token + kHalf * half, 16 * warp, 0, lane);
+          gpu::sync_named(1 + consumer, 128);
+          write_rows<T, Shape::kPitch, kTileChannels, kHalf, 128>(p, output, channel, token + kHalf * half, local);
+        }
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace mqc

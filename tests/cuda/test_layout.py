@@ -1,0 +1,144 @@
+"""Packing in Python and the index maps of the kernels (C++) are inverse to each other."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mqc.cuda.pack import Layout, hadamard_table, pack_linear, pack_weight, unpack_weight
+from mqc.errors import UsageError
+from mqc.numerics.hadamard import hadamard_matrix
+from mqc.numerics.packing import pack_int4
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def random_weight(seed: int, n: int, k: int, bits: int) -> torch.Tensor:
+    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(low, high, (n, k), dtype=np.int8))
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (1, 1), (65, 130), (200, 384), (128, 33)])
+def test_kernels_read_what_was_packed(emulated: Any, layout: Layout, n: int, k: int) -> None:
+    q = random_weight(n + k, n, k, layout.bits)
+    packed = pack_weight(q, layout)
+    assert packed.dtype == torch.uint8 and packed.numel() == layout.nbytes(n, k)
+    rows, columns = -(-n // 64) * 64, -(-k // 128) * 128
+    out = np.full((rows, columns), 99, dtype=np.int8)
+    emulated.native.test_unpack(layout.bits, pointer(packed.numpy()), n, k, pointer(out))
+    want = np.zeros((rows, columns), dtype=np.int64)
+    want[:n, :k] = q.numpy().astype(np.int64) * (16 if layout.bits == 4 else 1)
+    assert np.array_equal(out, want)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 150),
+    k=st.integers(1, 300),
+    layout=st.sampled_from(list(Layout)),
+)
+def test_round_trip(seed: int, n: int, k: int, layout: Layout) -> None:
+    q = random_weight(seed, n, k, layout.bits)
+    assert torch.equal(unpack_weight(pack_weight(q, layout), layout, n, k), q)
+
+
+def test_stored_weights_are_packed_by_their_dtype() -> None:
+    q = random_weight(1, 70, 33, 4)
+    packed, layout = pack_linear(pack_int4(q), 33)
+    assert layout is Layout.W4_64X128 and torch.equal(unpack_weight(packed, layout, 70, 33), q)
+    packed, layout = pack_linear(q, 33)
+    assert layout is Layout.W8_64X128 and torch.equal(unpack_weight(packed, layout, 70, 33), q)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q = torch.full((64, 128), 8, dtype=torch.int8)
+    with pytest.raises(UsageError, match=r"\[-8, 7\]"):
+        pack_weight(q, Layout.W4_64X128)
+    with pytest.raises(UsageError, match="int8"):
+        pack_weight(q.float(), Layout.W8_64X128)
+    with pytest.raises(UsageError, match="8192 bytes"):
+        unpack_weight(torch.zeros(1, dtype=torch.uint8), Layout.W8_64X128, 64, 128)
+
+
+@pytest.mark.parametrize("base", [12, 20, 28, 140, 148, 924])
+def test_hadamard_signs(emulated: Any, base: int) -> None:
+    table = hadamard_table(base)
+    signs = np.zeros((base, base), dtype=np.int8)
+    emulated.native.test_hadamard_signs(pointer(table.numpy()), base, pointer(signs))
+    assert np.array_equal(signs, hadamard_matrix(base).numpy())
+
+
+@pytest.mark.parametrize(
+    ("channels", "tokens", "band"), [(14, 8, 8), (3, 21, 8), (1, 1, 8), (5, 9, 4)]
+)
+def test_tile_order_visits_each_tile_once(
+    emulated: Any, channels: int, tokens: int, band: int
+) -> None:
+    seen = set()
+    out = (ctypes.c_int * 2)()
+    for index in range(channels * tokens):
+        emulated.native.test_tile_order(index, channels, tokens, band, out)
+        assert 0 <= out[0] < channels and 0 <= out[1] < tokens
+        seen.add((out[0], out[1]))
+    assert len(seen) == channels * tokens
+
+
+def test_swizzle_is_tma_s_and_free_of_bank_conflicts(emulated: Any) -> None:
+    for row in range(16):
+        for chunk in range(8):
+            linear = row * 128 + chunk * 16
+            # TMA's 128-byte swizzle exchanges address bits 4..6 by bits 7..9.
+            assert emulated.native.test_swizzled_chunk(row, chunk) == linear ^ (
+                (linear >> 3) & 0x70
+            )
+    for chunk in range(8):
+        banks = {emulated.native.test_swizzled_chunk(row, chunk) // 16 % 8 for row in range(8)}
+        assert len(banks) == 8
+
+
+def test_quantization_is_the_reference_s(emulated: Any) -> None:
+    import mqc.ops  # noqa: F401
+
+    rng = np.random.default_rng(3)
+    x = np.concatenate(
+        [
+            rng.standard_normal(4000).astype(np.float32) * 3,
+            np.arange(-140, 141, dtype=np.float32) * np.float32(0.25),  # ties
+            np.array([np.inf, -np.inf, 3e38, -3e38, 0.0, -0.0], dtype=np.float32),
+        ]
+    )
+    for scale in (0.25, 0.0173, 1.0):
+        q = np.zeros(x.size, dtype=np.int8)
+        emulated.native.test_quantize(pointer(x), x.size, ctypes.c_float(scale), pointer(q))
+        want = torch.ops.mqc.quantize_static(
+            torch.from_numpy(x), torch.tensor([scale], dtype=torch.float32), None
+        )
+        assert np.array_equal(q, want.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_round_as_torch(emulated: Any, dtype: torch.dtype) -> None:
+    bits = np.random.default_rng(5).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    edges = np.array(
+        [65504, 65519.99, 65520, 6.1e-5, 5.96e-8, 2.98e-8, 0, -0.0, np.inf], np.float32
+    )
+    x = np.concatenate([bits.view(np.float32), edges, -edges])
+    x = x[~np.isnan(x)]
+    out, back = np.zeros(x.size, dtype=np.uint16), np.zeros(x.size, dtype=np.float32)
+    emulated.native.test_round(
+        pointer(x), x.size, dtype == torch.bfloat16, pointer(out), pointer(back)
+    )
+    want = torch.from_numpy(x).to(dtype)
+    assert np.array_equal(out.view(np.int16), want.view(torch.int16).numpy())
+    assert np.array_equal(back, want.float().numpy())
