@@ -154,11 +154,12 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
         console.print("interrupted; nothing was written")
         return INTERRUPTED
     hint: str | None
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     if isinstance(error, MqcError):
-        message, hint = error.message, error.hint
+        message, hint = error.message + notes, error.hint
         console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     else:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}{notes}"
         hint = "run again with --debug for the trace, and report it"
         console.print(f"[bold red]internal error:[/] {escape(message)}", soft_wrap=True)
     if hint:

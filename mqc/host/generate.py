@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -135,10 +136,12 @@ def steps(
     """Generate token by token for a batch, until each sequence stops or has its maximum.
 
     ``stop``: ids that end a sequence; they are yielded too. Sequences that ended are carried along
-    unread. Raises :class:`UsageError` for a maximum below 1.
+    unread; all end where the model's positions do. Raises :class:`UsageError` for a maximum below 1
+    and for a prompt longer than the model's positions.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens {max_new_tokens} is not possible", hint="use 1 or more")
+    max_new_tokens = min(max_new_tokens, _room(engine, prompts))
     sampling, stops = sampling or Sampling(), frozenset(stop)
     generator = sampling.generator()
     state = prefill(engine, prompts, chunk, padding)
@@ -154,6 +157,21 @@ def steps(
         if not running:
             return
         state = decode_step(engine, state, tokens)
+
+
+def _room(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """Tokens that every prompt leaves up to the model's largest position."""
+    positions = engine.facts.get("max_positions")
+    if positions is None:
+        return sys.maxsize
+    longest = max(prompt.next_position for prompt in prompts)
+    if longest > positions:
+        raise UsageError(
+            f"a prompt takes {longest} positions; the model has {positions}",
+            hint="shorten the prompt, or use fewer or smaller images",
+        )
+    # The last token is chosen, not read: it needs no position.
+    return int(positions) - longest + 1
 
 
 def generate_batch(

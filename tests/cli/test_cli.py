@@ -105,11 +105,13 @@ def test_report_error_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert code(UsageError("a [b] is wrong", hint="use [c]")) == 2
     assert code(TargetError("t")) == 1
     assert code(KeyboardInterrupt()) == common.INTERRUPTED == 130
-    assert code(RuntimeError("boom")) == 1
+    noted = RuntimeError("boom")
+    noted.add_note("while quantizing layer 3")
+    assert code(noted) == 1
     text = capsys.readouterr().err
     assert "a [b] is wrong" in text
     assert "use [c]" in text
-    assert "RuntimeError: boom" in text
+    assert "RuntimeError: boom (while quantizing layer 3)" in text
     assert "--debug" in text
 
 

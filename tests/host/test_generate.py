@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -162,3 +164,14 @@ def test_stop_tokens() -> None:
     assert stop_tokens({"eos_token_ids": [3, 4]}) == [3, 4]
     assert stop_tokens({}, Letters()) == [7]
     assert stop_tokens({}) == []
+
+
+def test_positions_end() -> None:
+    run = tiny.runnable("tiny-qwen2-vl")
+    prompt = run.prompt(prompt="what ?")
+    most = run.engine.facts["max_positions"]
+    full = replace(prompt, next_position=most)
+    assert len(list(steps(run.engine, [full, prompt], max_new_tokens=9))) == 2  # one token each
+    beyond = replace(prompt, next_position=most + 1)
+    with pytest.raises(UsageError, match=f"takes {most + 1} positions; the model has {most}"):
+        list(steps(run.engine, [prompt, beyond]))
