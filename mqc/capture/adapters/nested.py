@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +18,16 @@ from mqc.errors import UsageError
 class NestedTilesAdapter(Adapter):
     """Idefics3, SmolVLM: square tiles, each with its own run of image tokens in the prompt."""
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        self.places = _places(base_model(model).vision_model.embeddings)
+
     def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> torch.Tensor:
         base = base_model(model)
-        features = base.connector(base.vision_model(pixel_values=inputs[0]).last_hidden_state)
+        tower, embeddings = base.vision_model, base.vision_model.embeddings
+        patches = embeddings.patch_embedding(inputs[0]).flatten(2).transpose(1, 2)
+        hidden = patches + embeddings.position_embedding(self.places)
+        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        features = base.connector(tower.post_layernorm(hidden))
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
     def vision_calls(self, processed: Mapping[str, Any]) -> list[Call]:
@@ -39,3 +47,22 @@ class NestedTilesAdapter(Adapter):
     def tokens_per_tile(self) -> int | None:
         vision = self.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2  # type: ignore[no-any-return]
+
+
+def _places(embeddings: Any) -> torch.Tensor:
+    """Position numbers int64 [1, patches] of a whole tile, as the model's own code finds them.
+
+    That code looks fractions of the tile up in a table; with neither patches nor embeddings, it
+    returns the numbers themselves.
+    """
+    count = embeddings.num_patches_per_side
+    bare = SimpleNamespace(
+        patch_size=embeddings.patch_size,
+        num_patches_per_side=count,
+        patch_embedding=lambda pixels: torch.zeros(1, 1, count, count, dtype=torch.int64),
+        position_embedding=lambda numbers: numbers[..., None],
+    )
+    side = count * embeddings.patch_size
+    whole = torch.ones(1, count, count, dtype=torch.bool)
+    numbers: torch.Tensor = type(embeddings).forward(bare, torch.zeros(1, 3, side, side), whole)
+    return numbers[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,12 @@ def engine_logits(engine: Engine, prompts: Sequence[Prompt], **options: Any) -> 
 
 @torch.inference_mode()
 def model_logits(model: Any, sample: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of transformers' own model for a sample of one row."""
+    """Logits [tokens, vocabulary] of transformers' own model for a sample of one row.
+
+    A model that demands an image is asked for a text alone through its language model.
+    """
+    pixels = inspect.signature(model.forward).parameters["pixel_values"]
+    if pixels.default is inspect.Parameter.empty and "pixel_values" not in sample:
+        model = model.language_model
     logits: torch.Tensor = model(**sample).logits[0]
     return logits.float()
