@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,18 @@ FLOORS: list[set[str]] = [
     {"passes"},
     {"cuda", "backends"},
     {"config", "pipeline", "progress", "loading"},
-    {"", "compiler", "evaluation", "inspection", "planning", "probing", "api", "commands", "cli", "__main__"},
+    {
+        "",
+        "compiler",
+        "evaluation",
+        "inspection",
+        "planning",
+        "probing",
+        "api",
+        "commands",
+        "cli",
+        "__main__",
+    },
     {"testing"},
 ]
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
@@ -88,8 +100,15 @@ def test_wheel_holds_the_mapped_rooms_and_their_data(tmp_path: Path) -> None:
     skip = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "out", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=skip)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(tmp_path), str(tree)], check=True, capture_output=True)
+    environment = {**os.environ, "MQC_NATIVE": "0"}
+    subprocess.run(
+        [*command, "-w", str(tmp_path), str(tree)],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"mqc/{name.replace('.', '/')}" for name in ("passes", "backends.onnx", "cuda")}
     assert {f"{folder}/__init__.py" for folder in expected} <= names
@@ -97,6 +116,69 @@ def test_wheel_holds_the_mapped_rooms_and_their_data(tmp_path: Path) -> None:
     data += [f"models/tiny-qwen2-vl/{name}" for name in ("model.safetensors", "config.json")]
     assert {f"mqc/{name}" for name in data} <= names
     assert not [name for name in names if name.startswith(("passes", "backends", "tests", "tools"))]
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def packaging_tree(folder: Path) -> Path:
+    """What an install reads, without the models' weights."""
+    skip = shutil.ignore_patterns(
+        "__pycache__", ".*", "build", "out", "*.egg-info", "*.safetensors", "*.so", "tests"
+    )
+    return Path(shutil.copytree(ROOT, folder, ignore=skip))
+
+
+def install_commands(tree: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    return subprocess.run(
+        [*command, "-w", str(out), str(tree)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(tmp_path: Path) -> None:
+    """An install succeeds where nothing native can be built, and says so; required, it fails."""
+    tree = packaging_tree(tmp_path / "tree")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "sh", "uname"):
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    result = install_commands(tree, tmp_path, PATH=str(tools), MQC_NATIVE="auto")
+    assert result.returncode == 0, result.stderr
+    assert "cmake is missing: apt-get install cmake" in result.stdout + result.stderr
+    assert "`mqc doctor` says what is missing" in result.stdout + result.stderr
+    assert len(list(tmp_path.glob("*-py3-none-any.whl"))) == 1
+    assert install_commands(tree, tmp_path, PATH=str(tools), MQC_NATIVE="require").returncode
+
+
+@pytest.mark.slow
+def test_wheel_with_the_library(tmp_path: Path) -> None:
+    """A wheel with the library is for this platform. Compiled without optimization, for speed."""
+    cache = ROOT / "build" / "native" / "CMakeCache.txt"
+    library = ROOT / "backends" / "onnx" / "libmqc_onnx.so"
+    if not (cache.is_file() and library.is_file()):
+        pytest.skip("the native library is not built here: make native")
+    tree = packaging_tree(tmp_path / "tree")
+    headers = next(
+        line.split("=", 1)[1]
+        for line in cache.read_text(encoding="utf-8").splitlines()
+        if line.startswith("MQC_ORT_HEADERS:")
+    )
+    result = install_commands(
+        tree,
+        tmp_path,
+        MQC_NATIVE="require",
+        MQC_ORT_INCLUDE=headers,
+        MQC_CMAKE_ARGS="-DMQC_CUDA=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O0",
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    assert "mqc/backends/onnx/libmqc_onnx.so" in zipfile.ZipFile(wheel).namelist()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 prefix=${1:-$PWD}
 build=${MQC_BUILD_DIR:-build/native}
+PATH=$PWD/${VENV:-.venv}/bin:$PATH # CMake and Ninja from the development extra
 
 fail() {
     printf 'native: %s\n' "$@" >&2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mqc import __version__
 from mqc.commands import _common as common
+from mqc.errors import MqcError
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "networkx", "pillow")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
@@ -36,6 +37,7 @@ def findings() -> list[Finding]:
         *(_package(name) for name in PACKAGES),
         _torchvision(),
         *_onnxruntime(),
+        _onnx_library(),
         _cpu(),
         _gpu(),
         _nvcc(),
@@ -92,6 +94,22 @@ def _onnxruntime() -> list[Finding]:
         Finding(" + ".join(names), str(onnxruntime.__version__), "problem" if both else "ok", both),
         Finding("execution providers", providers),
     ]
+
+
+def _onnx_library() -> Finding:
+    from mqc.backends.onnx.library import build_hint, ops_library
+
+    what = "onnx operator library"
+    try:
+        path = ops_library()
+    except MqcError as error:
+        return Finding(what, "broken", "problem", f"{error}: {error.hint}")
+    if path is not None:
+        return Finding(what, str(path))
+    missing = [name for name in ("c++", "cmake") if shutil.which(name) is None]
+    value = f"missing ({' and '.join(missing)} not found)" if missing else "missing"
+    meaning = f"onnx artifacts run through their bodies, more slowly: {build_hint()}"
+    return Finding(what, value, "note", meaning)
 
 
 def _cpu() -> Finding:

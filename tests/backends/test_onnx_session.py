@@ -16,6 +16,7 @@ from onnx_cases import expected, float_program, inputs_of, quantize, relative
 
 from mqc.artifact import ArtifactWriter
 from mqc.backends.onnx import OnnxTarget, ops_library
+from mqc.backends.onnx import library as library_module
 from mqc.backends.onnx import target as target_module
 from mqc.backends.onnx.emit import emit
 from mqc.backends.onnx.session import OnnxEngine, open_session
@@ -215,6 +216,14 @@ def test_operator_library(
     files: tuple[Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MQC_ONNX_OPS", raising=False)
+    monkeypatch.setattr(library_module, "LIBRARY", tmp_path / "own.so")
+    assert ops_library() is None
+    with pytest.raises(TargetError, match="the operator library is not there") as caught:
+        library_module.onnx_ops_library()
+    assert "make native" in str(caught.value.hint)
+    (tmp_path / "own.so").touch()
+    assert library_module.onnx_ops_library() == str(tmp_path / "own.so")
+    monkeypatch.setenv("MQC_ONNX_OPS", "none")
     assert ops_library() is None
     monkeypatch.setenv("MQC_ONNX_OPS", str(tmp_path / "none.so"))
     with pytest.raises(TargetError, match=r"none\.so named by MQC_ONNX_OPS does not exist"):

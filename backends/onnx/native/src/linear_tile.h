@@ -48,6 +48,35 @@ inline void finish(const Tile& t, int64_t row, int64_t block, int64_t lane,
     V::store_float(t.y + row * t.y_row + column, y);
 }
 
+// Makes the compiler load from w again, rather than keep both halves of a step in registers.
+inline void hide(const uint8_t*& w) {
+#if defined(__GNUC__)
+    __asm__("" : "+r"(w));
+#endif
+}
+
+// Adds the products of four inputs, the first or the second half of a step of eight.
+template <class V, int R, int N, Form form, bool half>
+inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_block,
+                                                    const int8_t* x, typename V::Int (&sum)[R][N]) {
+    typename V::Bytes weights[N];
+#pragma GCC unroll 16
+    for (int v = 0; v < N; v++) {
+        const uint8_t* p = w + v / kVectors<V> * w_block + v % kVectors<V> * 4 * V::lanes;
+        if (form == kNibbles)
+            weights[v] = half ? V::high(V::load(p)) : V::low(V::load(p));
+        else
+            weights[v] = V::load(p + (half ? 64 : 0));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        const typename V::Input value = V::spread(x + 4 * r);
+#pragma GCC unroll 16
+        for (int v = 0; v < N; v++)
+            sum[r][v] = V::template dot<form>(sum[r][v], weights[v], value);
+    }
+}
+
 // R rows, B blocks. `x` is [groups, group_k / 4, R, 4].
 template <class V, int R, int B, Form form>
 void tile_of(const Tile& t) {
@@ -74,40 +103,17 @@ void tile_of(const Tile& t) {
         const uint8_t* ahead = t.ahead ? t.ahead + g * t.w_group : nullptr;
         const int64_t stride = form == kNibbles ? 64 : 128;
         for (int64_t i = 0; i < t.group_k / 8; i++, w += stride, x += 8 * R) {
-            typename V::Bytes w0[N], w1[N];
-#pragma GCC unroll 16
-            for (int v = 0; v < N; v++) {
-                const uint8_t* p = w + v / kVectors<V> * t.w_block + v % kVectors<V> * 4 * V::lanes;
-                if (form == kNibbles) {
-                    const typename V::Bytes both = V::load(p);
-                    w0[v] = V::low(both);
-                    w1[v] = V::high(both);
-                } else {
-                    w0[v] = V::load(p);
-                    w1[v] = V::load(p + 64);
-                }
-            }
             if (ahead) {
 #pragma GCC unroll 16
                 for (int b = 0; b < B; b++) __builtin_prefetch(ahead + b * t.ahead_block);
                 ahead += 64;
             }
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) {
-                const typename V::Input value = V::spread(x + 4 * r);
-#pragma GCC unroll 16
-                for (int v = 0; v < N; v++)
-                    sum[r][v] = V::template dot<form>(sum[r][v], w0[v], value);
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) {
-                const typename V::Input value = V::spread(x + 4 * R + 4 * r);
-#pragma GCC unroll 16
-                for (int v = 0; v < N; v++) {
-                    typename V::Int& target = two ? second[two ? r : 0][two ? v : 0] : sum[r][v];
-                    target = V::template dot<form>(target, w1[v], value);
-                }
-            }
+            multiply<V, R, N, form, false>(w, t.w_block, x, sum);
+            hide(w);
+            if constexpr (two)
+                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, second);
+            else
+                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, sum);
         }
         const bool last = g == t.groups - 1;
 #pragma GCC unroll 16

@@ -1,0 +1,116 @@
+// LinearW4A8 and LinearW8A8: weights are packed when the session is made.
+#include "call.h"
+#include "mqc_kernels.h"
+
+namespace mqc_onnx {
+namespace {
+
+void check(const Variant& variant, mqc_status status, const char* what) {
+    if (status != MQC_OK)
+        throw std::runtime_error("ai.mqc::" + variant.op_type() + ": " + what + ": " +
+                                 mqc_status_text(status));
+}
+
+class Linear : public Kernel {
+  public:
+    Linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads)
+        : threads_(threads) {
+        const Constant weight(variant, info, "qweight"), scale(variant, info, "w_scale");
+        const bool packed = variant.name == "LinearW4A8", group = variant.has("group");
+        weight.require(weight.shape.size() == 2, "a matrix");
+        shape_.n = weight.shape[0];
+        shape_.k = packed ? 2 * weight.shape[1] - variant.has("odd") : weight.shape[1];
+        scale.require(scale.shape.size() == (group ? 2u : 1u) && scale.shape[0] == shape_.n,
+                      group ? "[N, groups]" : "[N]");
+        shape_.groups = group ? scale.shape[1] : 1;
+        scale.require(shape_.groups > 0 && shape_.k % shape_.groups == 0,
+                      "groups that divide the input channels");
+        shape_.bits = packed ? 4 : 8;
+        shape_.layout = MQC_LAYOUT_C16K4;
+        const int64_t bytes = mqc_linear_packed_bytes(&shape_);
+        if (bytes < 0) check(variant, static_cast<mqc_status>(bytes), "qweight");
+        weight_ = allocate<uint8_t>(bytes);
+        check(variant, mqc_linear_pack(&shape_, weight.data, weight_.get()), "qweight");
+        scale_ = columns(variant, scale, shape_.groups);
+        if (variant.has("split")) {
+            const Constant split(variant, info, "w_split");
+            split.require(split.shape.size() == 2 && split.shape[0] == shape_.n, "[N, rank]");
+            rank_ = split.shape[1];
+            if (rank_ > 0) split_ = columns(variant, split, rank_);
+        }
+    }
+
+    void compute(Call& call) const override {
+        const Variant& variant = call.variant();
+        const Tensor x = call.input("xq");
+        call.require(x.rank() >= 1 && x.last() == shape_.k, "xq", x,
+                     ("[..., " + std::to_string(shape_.k) + "]").c_str());
+        std::vector<int64_t> result = x.shape;
+        result.back() = shape_.n;
+
+        mqc_linear_call linear = {};
+        linear.shape = shape_;
+        linear.m = x.rows();
+        linear.packed = weight_.get();
+        linear.w_scale = scale_.get();
+        linear.xq = x.data;
+        linear.x_unsigned = !variant.has("s8");
+        const mqc_row_scales scales = call.row_scales("x_scale", x);
+        linear.x_scale = scales.scale;
+        linear.modality_form = scales.mask    ? MQC_MODALITY_MASK
+                               : scales.count ? MQC_MODALITY_COUNT
+                                              : MQC_MODALITY_NONE;
+        linear.modality = scales.mask ? static_cast<const void*>(scales.mask) : scales.count;
+        linear.sequence = scales.tokens;
+        if (variant.has("bias")) {
+            const Tensor bias = call.input("bias");
+            call.require(bias.rank() == 1 && bias.count == shape_.n, "bias", bias, "[N]");
+            linear.bias = bias.as<float>();
+        }
+        if (variant.has("split")) {
+            const Tensor split = call.input("x_split");
+            std::vector<int64_t> wanted = x.shape;
+            wanted.back() = rank_;
+            call.require(split.shape == wanted, "x_split", split, text_of(wanted).c_str());
+            linear.split = rank_;
+            linear.x_split = split.as<float>();
+            linear.w_split = split_.get();
+        }
+        if (variant.has("residual")) {
+            const Tensor residual = call.input("residual");
+            call.require(residual.shape == result, "residual", residual, text_of(result).c_str());
+            linear.residual = residual.as<float>();
+        }
+        linear.y = call.output<float>(0, result);
+        if (linear.m == 0) return;
+
+        const mqc_threads threads = {Call::parallel_for, &call, threads_};
+        const int64_t bytes = mqc_linear_workspace_bytes(&linear, threads_);
+        if (bytes < 0) check(variant, static_cast<mqc_status>(bytes), "shapes");
+        linear.workspace = scratch(bytes / static_cast<int64_t>(sizeof(float)) + 1);
+        check(variant, mqc_linear(&linear, &threads), "linear");
+    }
+
+  private:
+    static Block<float> columns(const Variant& variant, const Constant& values, int64_t width) {
+        const int64_t n = values.shape[0], count = mqc_columns_count(n, width);
+        if (count < 0) check(variant, static_cast<mqc_status>(count), values.name);
+        Block<float> made = allocate<float>(count);
+        check(variant, mqc_columns_pack(n, width, values.as<float>(), made.get()), values.name);
+        return made;
+    }
+
+    mqc_linear_shape shape_ = {};
+    Block<uint8_t> weight_;
+    Block<float> scale_, split_;
+    int64_t rank_ = 0;
+    int threads_;
+};
+
+}  // namespace
+
+Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads) {
+    return new Linear(variant, info, threads);
+}
+
+}  // namespace mqc_onnx

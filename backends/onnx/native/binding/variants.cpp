@@ -1,0 +1,149 @@
+#include "variants.h"
+
+#include <functional>
+
+namespace mqc_onnx {
+namespace {
+
+constexpr auto F32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto I64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+constexpr auto BOOL = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
+constexpr auto U8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+constexpr auto I8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+
+constexpr int kMostFactors = 3;  // orders up to base * 2^21
+
+typedef std::vector<std::string> Choices;  // flags of which one is there; "" for none
+
+// All combinations, in the order of the choices.
+std::vector<std::vector<std::string>> combinations(const std::vector<Choices>& choices) {
+    std::vector<std::vector<std::string>> all = {{}};
+    for (const Choices& choice : choices) {
+        std::vector<std::vector<std::string>> longer;
+        for (const auto& flags : all)
+            for (const std::string& flag : choice) {
+                longer.push_back(flags);
+                if (!flag.empty()) longer.back().push_back(flag);
+            }
+        all = longer;
+    }
+    return all;
+}
+
+Choices factor_flags() {
+    Choices flags;
+    for (int i = 0; i <= kMostFactors; i++) flags.push_back("f" + std::to_string(i));
+    return flags;
+}
+
+void add_modality(Variant& v) {
+    if (v.has("mask")) v.inputs.push_back({"modality", BOOL});
+    if (v.has("count")) v.inputs.push_back({"modality", I64});
+}
+
+void add_factors(Variant& v) {
+    for (int count = 0; count <= kMostFactors; count++)
+        if (v.has(("f" + std::to_string(count)).c_str()))
+            for (int i = 0; i < count; i++)
+                v.inputs.push_back({"factor" + std::to_string(i), F32});
+}
+
+void quantized(Variant& v) {  // outputs of the quantizing operators
+    v.outputs.push_back({"xq", v.has("u8") ? U8 : I8});
+    if (v.has("split")) v.outputs.push_back({"x_split", F32});
+}
+
+void add(std::vector<Variant>& all, const char* name, const std::vector<Choices>& choices,
+         const std::function<void(Variant&)>& fill) {
+    for (auto& flags : combinations(choices)) {
+        Variant v{name, flags, {}, {}};
+        fill(v);
+        all.push_back(std::move(v));
+    }
+}
+
+void add_linear(std::vector<Variant>& all, bool packed) {
+    const Choices odd = packed ? Choices{"", "odd"} : Choices{""};
+    add(all, packed ? "LinearW4A8" : "LinearW8A8",
+        {{"", "mask", "count"}, {"", "bias"}, {"", "split"}, {"", "residual"}, {"", "group"}, odd,
+         {"", "s8"}},
+        [packed](Variant& v) {
+            v.inputs = {{"xq", v.has("s8") ? I8 : U8},
+                        {"qweight", packed ? U8 : I8},
+                        {"w_scale", F32},
+                        {"x_scale", F32}};
+            add_modality(v);
+            if (v.has("bias")) v.inputs.push_back({"bias", F32});
+            if (v.has("split")) {
+                v.inputs.push_back({"x_split", F32});
+                v.inputs.push_back({"w_split", F32});
+            }
+            if (v.has("residual")) v.inputs.push_back({"residual", F32});
+            v.outputs = {{"y", F32}};
+        });
+}
+
+std::vector<Variant> make() {
+    std::vector<Variant> all;
+    const Choices modality = {"", "mask", "count"}, form = {"", "u8"}, split = {"", "split"};
+    add_linear(all, true);
+    add_linear(all, false);
+    add(all, "QuantizeStatic", {modality, form}, [](Variant& v) {
+        v.inputs = {{"x", F32}, {"scale", F32}};
+        add_modality(v);
+        v.outputs = {{"y", v.has("u8") ? U8 : I8}};
+    });
+    add(all, "RmsNormQuantize", {modality, form, split}, [](Variant& v) {
+        v.inputs = {{"x", F32}, {"scale", F32}};
+        add_modality(v);
+        if (v.has("split")) v.inputs.push_back({"split", I64});
+        quantized(v);
+    });
+    add(all, "ActivationQuantize",
+        {{"identity", "silu", "gelu", "gelutanh", "quickgelu", "relu"}, {"", "gated"},
+         factor_flags(), modality, form, split},
+        [](Variant& v) {
+            v.inputs = {{"x", F32}, {"scale", F32}};
+            add_modality(v);
+            if (v.has("split")) v.inputs.push_back({"split", I64});
+            add_factors(v);
+            quantized(v);
+        });
+    add(all, "Hadamard", {factor_flags()}, [](Variant& v) {
+        v.inputs = {{"x", F32}};
+        add_factors(v);
+        v.outputs = {{"y", F32}};
+    });
+    add(all, "EmbeddingW8", {}, [](Variant& v) {
+        v.inputs = {{"ids", I64}, {"qweight", I8}, {"scale", F32}};
+        v.outputs = {{"y", F32}};
+    });
+    add(all, "RankUpdate", {}, [](Variant& v) {
+        v.inputs = {{"y_in", F32}, {"x_split", F32}, {"w_split", F32}};
+        v.outputs = {{"y", F32}};
+    });
+    const auto attention = [](Variant& v) {
+        v.inputs = {{"q", F32}};
+        if (!v.has("packed")) v.inputs.insert(v.inputs.end(), {{"k", F32}, {"v", F32}});
+        v.inputs.insert(v.inputs.end(), {{"key_cache", F32},
+                                         {"value_cache", F32},
+                                         {"past", I64},
+                                         {"mask", BOOL}});
+        if (v.has("half") || v.has("interleaved"))
+            v.inputs.insert(v.inputs.end(), {{"cos", F32}, {"sin", F32}});
+        v.outputs = {{"out", F32}, {"new_key_cache", F32}, {"new_value_cache", F32}};
+    };
+    const Choices packed = {"", "packed"};
+    add(all, "Attention", {packed}, attention);
+    add(all, "Attention", {packed, {"half", "interleaved"}, {"", "partial"}}, attention);
+    return all;
+}
+
+}  // namespace
+
+const std::vector<Variant>& variants() {
+    static const std::vector<Variant> all = make();
+    return all;
+}
+
+}  // namespace mqc_onnx

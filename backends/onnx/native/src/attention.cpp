@@ -1,0 +1,36 @@
+// How an attention call is divided into tasks.
+#include "attention_layout.h"
+
+namespace {
+
+constexpr int64_t kFewTokens = 4;   // below, keys are read where they are, once
+constexpr int64_t kTaskRows = 96;   // query rows (tokens times heads of a group) of a task
+constexpr int64_t kSplitKeys = 512; // keys of a task where a long cache is split
+
+}  // namespace
+
+void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
+    const AttentionLayout layout(a);
+    const int64_t group = a->heads / a->kv_heads, heads = a->batch * a->kv_heads;
+    *plan = {};
+    plan->key_blocks = layout.blocks;
+    plan->appends = a->batch * a->tokens;
+    if (a->tokens >= kFewTokens) {
+        const int64_t wanted = group < kTaskRows ? kTaskRows / group : 1;
+        plan->query_block = wanted < a->tokens ? wanted : a->tokens;
+        plan->packs = heads * layout.blocks;
+        plan->tasks = heads * ((a->tokens + plan->query_block - 1) / plan->query_block);
+        plan->workspace = layout.states + plan->packs * a->dim * kKeyBlock;
+    } else {
+        plan->query_block = a->tokens;
+        plan->split = (layout.length + kSplitKeys - 1) / kSplitKeys;
+        plan->tasks = heads * plan->split;
+        plan->workspace = layout.states;
+        if (plan->split > 1) {
+            plan->combines = a->batch * a->tokens * a->heads;
+            plan->workspace += plan->tasks * group * a->tokens * (a->value_dim + 2);
+        }
+    }
+    // Queries, outputs, scores, maxima and sums of a task's rows.
+    plan->scratch = plan->query_block * group * (a->dim + a->value_dim + kKeyBlock + 2);
+}
