@@ -6,8 +6,11 @@ from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.canonicalize import Canonicalize
 from mqc.passes.cleanup import Cleanup
 from mqc.passes.fuse_norm import FuseNorm
+from mqc.passes.fuse_quantize import FuseQuantize
+from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.hadamard_fuse import HadamardFuse
 from mqc.passes.hadamard_online import HadamardOnline
+from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.modality_split import ModalitySplit
 from mqc.passes.quantize_weights import QuantizeWeights
 from mqc.passes.rms_suppress import RmsSuppress
@@ -27,6 +30,9 @@ PASSES: dict[str, type[Pass]] = {
         StaticScales,
         AifsReorder,
         Cleanup,
+        MergeLinears,
+        FuseQuantize,
+        FuseResidual,
     )
 }
-"""In the order of the default pipeline."""
+"""In the order of the default pipeline, then those that targets lower with."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import fx
 
 from mqc.ir.params import ParamStore
 from mqc.ir.program import Program
-from mqc.ir.types import TensorType
+from mqc.ir.types import TUPLE, TensorType
 
 aten = torch.ops.aten
 
@@ -104,3 +106,21 @@ def eliminate_dead_code(program: Program) -> int:
                 component.graph.erase_node(node)
                 count += 1
     return count
+
+
+def call_several(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kinds: Sequence[TensorType | None],
+    like: fx.Node,
+) -> list[fx.Node | None]:
+    """A new call with several results at the insertion point; the typed nodes of the results.
+
+    ``kinds``: the type of each result, None for one that nobody will read (no node is made).
+    """
+    node = call(graph, target, args, TUPLE, like)
+    return [
+        None if kind is None else call(graph, operator.getitem, (node, index), kind, like)
+        for index, kind in enumerate(kinds)
+    ]
