@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from mqc.backends.onnx.library import THREADS_ENTRY, build_hint, ops_library
 
 LIBRARY = ops_library()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no operator library: {build_hint()}")
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ((b"portable", b"generic"), (b"avx2", b"avx2"), (b"avx512vnni", b"avx512"))
+"""Instruction set, and the copy of the layers' kernels that it uses."""
 
 Array = npt.NDArray[Any]
 i64, f32, void = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -67,7 +67,8 @@ def pointer(array: Array | None) -> int | None:
 def functions() -> ctypes.CDLL:
     """The library's C functions with their types."""
     library = ctypes.CDLL(str(LIBRARY))
-    library.mqc_layers_isa.restype = ctypes.c_char_p
+    for name in ("mqc_isa", "mqc_layers_isa"):
+        getattr(library, name).restype = ctypes.c_char_p
     library.mqc_hadamard_create.restype = void
     library.mqc_hadamard_scratch.restype = i64
     library.mqc_activation_scratch.restype = i64
@@ -122,7 +123,3 @@ def scale_struct(
 ) -> RowScales:
     """Row scales whose arrays the caller keeps alive."""
     return RowScales(pointer(scale), pointer(mask), pointer(count), tokens)
-
-
-def shapes(*values: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(value) for value in values]

@@ -16,14 +16,17 @@ from mqc.ops import activation_quantize, attention, quantize_static
 pytestmark = native.needs_library
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=native.ISAS, ids=[copy.decode() for _, copy in native.ISAS])
 def lib(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     library = native.functions()
-    if not library.mqc_layers_set_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    assert library.mqc_layers_isa() == request.param.encode()
+    isa, copy = request.param
+    before = library.mqc_isa()
+    if not library.mqc_isa_supported(isa):
+        pytest.skip(f"this processor has no {isa.decode()}")
+    assert library.mqc_set_isa(isa) == 0
+    assert library.mqc_layers_isa() == copy
     yield library
-    library.mqc_layers_set_isa(None)
+    assert library.mqc_set_isa(before) == 0
 
 
 @pytest.fixture

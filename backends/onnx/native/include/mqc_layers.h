@@ -2,7 +2,7 @@
  *
  * Plain C, no framework, no threads: a caller gives ranges of rows or tasks to threads of its own.
  * All tensors are dense and row-major; float is float32. Nothing is checked here: shapes and
- * pointers are the caller's duty. An instruction set is chosen at the first call.
+ * pointers are the caller's duty.
  */
 #ifndef MQC_LAYERS_H
 #define MQC_LAYERS_H
@@ -20,10 +20,8 @@
 extern "C" {
 #endif
 
-/* "generic", "avx2" or "avx512": what is in use. */
+/* "generic", "avx2" or "avx512": the copy in use, by mqc_isa() and mqc_set_isa() of mqc_kernels.h. */
 MQC_LAYERS_API const char* mqc_layers_isa(void);
-/* Use another one; NULL chooses the best. Returns 0 where the processor lacks it (no change). */
-MQC_LAYERS_API int mqc_layers_set_isa(const char* name);
 
 /* The static scale of a row: scale[0], or scale[visual] where the scales are two. */
 typedef struct mqc_row_scales {

@@ -1,12 +1,11 @@
-// The C interface, and the choice of an instruction set.
+// The C interface: each call goes to the copy for the instruction set that mqc_isa() names.
 #include "mqc_layers.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <atomic>
-
+#include "mqc_kernels.h"
 #include "simd/table.h"
 
 namespace mqc {
@@ -24,56 +23,37 @@ extern const Table table;
 
 namespace {
 
+// The linear kernels know more sets than there are copies here: AVX-VNNI and AMX bring integer
+// products alone.
 struct Copy {
+    const char* isa;
     const char* name;
     const Table* table;
-    bool (*usable)();
 };
 
 const Copy kCopies[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::table,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {"avx2", &avx2::table,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"amx", "avx512", &avx512::table},    {"avx512vnni", "avx512", &avx512::table},
+    {"avxvnni", "avx2", &avx2::table},    {"avx2", "avx2", &avx2::table},
 #endif
-    {"generic", &generic::table, [] { return true; }},
+    {nullptr, "generic", &generic::table},
 };
 
-std::atomic<const Copy*> chosen{nullptr};
-
-const Copy* find(const char* name) {
-    for (const Copy& copy : kCopies)
-        if ((!name || strcmp(name, copy.name) == 0) && copy.usable()) return &copy;
-    return nullptr;
+const Copy& current() {
+    const char* isa = mqc_isa();
+    const Copy* copy = kCopies;
+    while (copy->isa && strcmp(copy->isa, isa) != 0) copy++;
+    return *copy;
 }
 
-const Copy* current() {
-    const Copy* copy = chosen.load(std::memory_order_acquire);
-    if (!copy) {
-        copy = find(nullptr);
-        chosen.store(copy, std::memory_order_release);
-    }
-    return copy;
-}
-
-const Table& table() { return *current()->table; }
+const Table& table() { return *current().table; }
 
 }  // namespace
 }  // namespace mqc
 
 using mqc::table;
 
-const char* mqc_layers_isa(void) { return mqc::current()->name; }
-
-int mqc_layers_set_isa(const char* name) {
-    const mqc::Copy* copy = mqc::find(name);
-    if (copy) mqc::chosen.store(copy, std::memory_order_release);
-    return copy != nullptr;
-}
+const char* mqc_layers_isa(void) { return mqc::current().name; }
 
 void mqc_quantize(const float* x, int64_t begin, int64_t end, int64_t n,
                   const mqc_row_scales* scales, int is_unsigned, void* out) {
