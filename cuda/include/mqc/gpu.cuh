@@ -46,6 +46,8 @@ MQC_D void sync_warp() { __syncwarp(); }
 MQC_D void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Keeps the compiler from moving memory accesses over this point (to hold fewer values at once).
+MQC_D void fence_compiler() { asm volatile("" ::: "memory"); }
 MQC_D void fence_device() { __threadfence(); }
 MQC_D uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
 template <class T> MQC_D T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }

@@ -34,6 +34,7 @@ void sync_block();
 void sync_warp();
 void sync_named(int id, int threads);
 inline void fence_device() {}
+inline void fence_compiler() {}
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 
 // Exchanges up to 8 bytes between the lanes of a warp.
