@@ -282,6 +282,7 @@ class _Rotator:
             weight = torch.block_diag(*[matrix] * blocks).to(self.program.dtype)
             param = get_param(self.program, graph, f"{value.name}.rotation", weight)
             result = call(graph, aten.linear.default, (moved, param), tensor_type(moved), value)
+            result.meta["keep_float"] = "an online rotation, no weight of the model"
             if axis != -1:
                 result = _transpose(result, axis)
         assert tensor_type(result) == kind

@@ -12,6 +12,16 @@ from mqc.ir.serialize import target_name
 from mqc.ir.types import Dim
 from mqc.transform import PassContext
 
+_ALONG = (
+    aten.softmax.int,
+    aten.argsort.default,
+    aten.slice.Tensor,
+    aten.gather.default,
+    aten.sum.dim_IntList,
+    aten.any.dim,
+)
+"""Operators along one axis (argument 1): row-wise if it is the last."""
+
 
 def keep_rows(component: Component, ctx: PassContext) -> int:
     """Let linears, norms and pointwise operators work on [batch, tokens, channels].
@@ -21,6 +31,9 @@ def keep_rows(component: Component, ctx: PassContext) -> int:
     Returns how many flattenings went.
     """
     count = 0
+    for node in list(component.graph.nodes):
+        if node.target == aten.reshape.default and _type(node.args[0]) == tensor_type(node):
+            replace(node, node.args[0])
     for node in list(component.graph.nodes):
         if not _flattens(node):
             continue
@@ -34,6 +47,9 @@ def keep_rows(component: Component, ctx: PassContext) -> int:
         for value in inside:
             kind = tensor_type(value)
             value.meta["type"] = kind.with_shape(*lead, kind.shape[-1])
+            if value.target in _ALONG:  # the last axis, whatever the rank
+                axis = [-1] if isinstance(value.args[1], (list, tuple)) else -1
+                value.args = (value.args[0], axis, *value.args[2:])
         for end in ends:
             inner = end.args[0]
             assert isinstance(inner, fx.Node)
@@ -41,6 +57,10 @@ def keep_rows(component: Component, ctx: PassContext) -> int:
         replace(node, source)
         count += 1
     return count
+
+
+def _type(value: object) -> object:
+    return value.meta["type"] if isinstance(value, fx.Node) else None
 
 
 def _flattens(node: fx.Node) -> bool:
@@ -93,7 +113,19 @@ def _row_wise(node: fx.Node) -> bool:
         return False
     if node.target in NORMS:
         return len(node.args[1]) == 1  # type: ignore[arg-type]
+    if node.target in _ALONG:
+        return _along_channels(node)
     return is_linear(node) or target_name(node.target) in POINTWISE_OPS
+
+
+def _along_channels(node: fx.Node) -> bool:
+    """Whether an operator along one axis works inside each row, and keeps the rank."""
+    source, axis = node.args[:2]
+    if isinstance(axis, (list, tuple)):
+        axis = axis[0] if len(axis) == 1 else None
+    rank = tensor_type(node).rank
+    same_rank = isinstance(source, fx.Node) and tensor_type(source).rank == rank
+    return same_rank and isinstance(axis, int) and axis % rank == rank - 1
 
 
 def _per_channel(value: object) -> bool:

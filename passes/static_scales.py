@@ -157,6 +157,8 @@ class _Scaler:
             x = x[..., keep]
             parts = [x] if mask is None else [x[~mask], x[mask]]
             for index, part in enumerate(parts):
+                # Rows of zeros are tokens that another expert takes: they say nothing.
+                part = part[part.ne(0).any(dim=-1)]
                 if part.numel():
                     observers[index].update(part)
                     rows[index] += part.numel()
@@ -164,7 +166,11 @@ class _Scaler:
         if len(seen) < count:
             missing = [m.name.lower() for m in Modality if m.value < count and not rows[m.value]]
             reason = f"no {missing[0]} rows in the calibration set: the other modality's scale"
+            if not seen:
+                reason = "no row of the calibration set reaches it: scale 1"
             self.result.skips.append(Skip(f"{self.component.name}.%{value.name}", reason))
+        if not seen and all(bool(x[..., keep].eq(0).all()) for x in values(value)):
+            return [1.0] * count
         if not seen:
             return [observers[0].scale()]  # raises the observer's own error
         return [o.scale() if n else max(seen) for o, n in zip(observers, rows, strict=True)]

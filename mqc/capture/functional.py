@@ -9,6 +9,7 @@ chain of views to the tensor that owns the storage, and down again to its other 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def _rewrite(
         value = _functional(graph, write)
     new = {target: value}
     last = value
-    for child, parent in zip(chain, chain[1:], strict=False):
+    for child, parent in pairwise(chain):
         view = views[child]
         operator = _SCATTER.get(view.target)
         if operator is None:
@@ -108,8 +109,7 @@ def _rewrite(
             user.replace_input_with(old, new[old])
     write.replace_all_uses_with(value)
     graph.erase_node(write)
-    for place, node in enumerate(graph.nodes):
-        order[node] = place
+    order.update({node: place for place, node in enumerate(graph.nodes)})
     for old in (*chain, *others):
         if old in views:
             views[new[old]] = views[old]._replace(parent=new[views[old].parent])

@@ -241,7 +241,7 @@ class _Importer:
         return self._call(node, aten.index_select.default, (both, axis, picked), {})
 
     def _top(self, node: fx.Node, source: fx.Node, index: int) -> fx.Node:
-        """Values (0) or indices (1) of ``topk``: the front of a sorting order, and what it picks."""
+        """Values (0) or indices (1) of ``topk``: the front of a sorting order, what it picks."""
         args, kinds = self._args(source), source.meta["val"]
         count, axis = args[1], args[2] if len(args) > 2 else -1
         largest = args[3] if len(args) > 3 else True

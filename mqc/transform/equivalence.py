@@ -11,6 +11,7 @@ import torch
 
 from mqc.ir import Component, Port, Program
 from mqc.ir.symbols import ExampleSizes, evaluate, evaluate_shape
+from mqc.ir.types import is_cache
 from mqc.numerics.stats import relative_error
 
 SIZES = ExampleSizes(3, batch=1, past=0)
@@ -24,7 +25,7 @@ def random_input(port: Port, dtype: torch.dtype, generator: torch.Generator) -> 
         return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
     if port.type.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool)
-    return torch.randint(0, 4, shape, dtype=port.type.dtype, generator=generator)
+    return torch.randint(0, 3, shape, dtype=port.type.dtype, generator=generator)
 
 
 def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Tensor]:
@@ -50,7 +51,7 @@ def example_run(program: Program, seed: int = 0, text: int = 5) -> list[torch.Te
     cache = [
         torch.zeros(evaluate_shape(port.type.shape, SIZES), dtype=port.type.dtype)
         for port in decoder.inputs
-        if port.axis("past") is not None
+        if is_cache(port)
     ]
     prefill = _decode(decoder, module, embeds, 0, cache, is_visual, more)
     last, past = rows[None, -1:], embeds.shape[1]
@@ -112,8 +113,10 @@ def _decode(
     inputs = []
     remaining = iter(cache)
     for port in decoder.inputs:
-        if port.axis("past") is not None:
+        if is_cache(port):
             inputs.append(next(remaining))
+        elif port.name == "past":
+            inputs.append(torch.tensor([past]))
         elif port.name == "position_ids":
             shape = [tokens if role == "token" else 1 for role in port.axes]
             if port.axes[0] is None:

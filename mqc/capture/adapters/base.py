@@ -53,6 +53,9 @@ class Adapter:
     rope_axes: int = 1
     """Rows of the position ids: 1 ([batch, tokens]) or 3 ([3, batch, tokens])."""
 
+    takes_modality: bool = False
+    """Whether the decoder itself asks which rows are visual (weights of their own for them)."""
+
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
 
@@ -161,9 +164,14 @@ class Adapter:
         embeddings: torch.Tensor = model.get_input_embeddings()(input_ids)
         return embeddings
 
-    def decoder_arguments(self, side: list[torch.Tensor]) -> dict[str, Any]:
-        """Further arguments of the decoder's call, traced; ``side``: the side inputs
-        [batch, tokens, hidden], zero in text rows."""
+    def decoder_arguments(
+        self, side: list[torch.Tensor], modality: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Further arguments of the decoder's call, traced.
+
+        ``side``: the side inputs [batch, tokens, hidden], zero in text rows. ``modality``: bool
+        [batch, tokens], True in visual rows, for a family that :attr:`takes_modality`.
+        """
         return {}
 
     # -- run time --------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class GridAdapter(Adapter):
         return DynamicSize("blocks", self.merge**2)
 
     def geometry(self, grid: torch.Tensor) -> Call:
-        """Inputs of one call besides the pixels, for a grid int64 [1, 3] (frames, rows, columns)."""
+        """A call's inputs besides the pixels, for a grid int64 [1, 3] (frames, rows, columns)."""
         return {"position_ids": get_vision_position_ids(grid, self.merge)}
 
     def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> Features:

@@ -64,7 +64,9 @@ class DeepstackAdapter(InterpolatedGridAdapter):
     def features(self, output: Any) -> Features:
         return (output.pooler_output, *output.deepstack_features)
 
-    def decoder_arguments(self, side: list[torch.Tensor]) -> dict[str, Any]:
+    def decoder_arguments(
+        self, side: list[torch.Tensor], modality: torch.Tensor | None
+    ) -> dict[str, Any]:
         return {"visual_pos_masks": None, "deepstack_visual_embeds": side}
 
 

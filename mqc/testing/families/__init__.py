@@ -27,13 +27,23 @@ from mqc.testing.families.frame import (
 )
 from mqc.testing.families.grids import GRIDS
 from mqc.testing.families.masks import MASKS
+from mqc.testing.families.more import MORE
 from mqc.testing.families.nested import NESTED
 from mqc.testing.families.packed import PACKED
+from mqc.testing.families.papers import PAPERS
 from mqc.testing.families.queries import QUERIES
-from mqc.testing.families.more import MORE
 from mqc.testing.families.tiles import TILES
 
-FAMILIES: dict[str, Family] = {**GRIDS, **MORE, **TILES, **PACKED, **NESTED, **MASKS, **QUERIES}
+FAMILIES: dict[str, Family] = {
+    **GRIDS,
+    **MORE,
+    **TILES,
+    **PACKED,
+    **NESTED,
+    **MASKS,
+    **QUERIES,
+    **PAPERS,
+}
 """Row of each family by its name, which is also its configuration's ``model_type`` or begins with
 it (``model_type:variant``)."""
 
