@@ -227,13 +227,9 @@ class Library:
             )
         self.native.mqc_last_error.restype = c_char_p
         for name, struct in _LAUNCHES.items():
-            if not hasattr(self.native, f"mqc_{name}"):
-                continue
             function = getattr(self.native, f"mqc_{name}")
             function.argtypes, function.restype = [POINTER(struct), c_void_p], c_int
         for name, struct in _WORKSPACES.items():
-            if not hasattr(self.native, f"mqc_{name}"):
-                continue
             function = getattr(self.native, f"mqc_{name}_workspace")
             function.argtypes, function.restype = [POINTER(struct), POINTER(c_int64)], c_int
         choice = self.native.mqc_linear_choice
