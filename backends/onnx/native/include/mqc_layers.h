@@ -111,6 +111,9 @@ typedef struct mqc_attention {
     float* out;             /* [B, S, heads * value_dim] */
 } mqc_attention;
 
+/* 1: the cache is both read and written, so a host binds one buffer to a node's input and output. */
+MQC_LAYERS_API int mqc_attention_in_place(void);
+
 /* How a call is divided. Fill it with mqc_attention_prepare, allocate `workspace` floats, then run
  * the phases one after another, the tasks of each in any order and on any threads:
  *   append:  `appends` tasks write the new keys (rotated) and values into the cache

@@ -9,6 +9,8 @@ constexpr int64_t kSplitKeys = 512; // keys of a task where a long cache is spli
 
 }  // namespace
 
+int mqc_attention_in_place(void) { return 1; }
+
 void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
     const AttentionLayout layout(a);
     const int64_t group = a->heads / a->kv_heads, heads = a->batch * a->kv_heads;
