@@ -89,7 +89,8 @@ def _takes_channels(node: fx.Node) -> bool:
     """Whether ``node`` is some of the channels of its argument: one of several fused linears."""
     if node.target != aten.slice.Tensor:
         return False
-    return int(node.args[1]) % tensor_type(node).rank == tensor_type(node).rank - 1  # type: ignore[call-overload]
+    axis, rank = node.args[1], tensor_type(node).rank
+    return isinstance(axis, int) and axis % rank == rank - 1
 
 
 def _pointwise(node: fx.Node) -> bool:

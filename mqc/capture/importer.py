@@ -213,7 +213,8 @@ class _Importer:
         whole, part = node.args[:2]
         assert isinstance(whole, fx.Node) and isinstance(part, fx.Node)
         shape = whole.meta["val"].shape
-        axis = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[call-overload]
+        axis = node.args[2] if len(node.args) > 2 else 0
+        assert isinstance(axis, int)
         axis %= len(shape)
         size = shape[axis]
         if not isinstance(size, int):
@@ -228,7 +229,7 @@ class _Importer:
             new.meta["type"] = kind.with_shape(*kind.shape[:axis], 1, *kind.shape[axis + 1 :])
         else:
             start, stop, step = (*node.args[3:], None, None, None)[:3]
-            places = places[start:stop:step]  # type: ignore[misc]
+            places = places[start:stop:step]
         index = torch.arange(size)
         index[places] = size + torch.arange(len(places))
         both = self._call(node, aten.cat.default, ([old, new], axis), {})

@@ -81,7 +81,7 @@ class MergingGridAdapter(Adapter):
             hidden = layer(hidden, attention_mask=None, **whole)
             if place == self.vision_config.insert_layer_id:
                 hidden = self._merge(tower.vit_merger, hidden, first, whole)
-        rows = tower.post_layernorm(hidden)[0]
+        rows: torch.Tensor = tower.post_layernorm(hidden)[0]
         for order, mlp in zip(later, merger.mlp, strict=True):
             size = mlp.linear_1.in_features // rows.shape[-1]
             rows = mlp(rows[order].reshape(-1, size * rows.shape[-1]))

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from mqc.analysis.flow import is_linear
+from mqc.analysis.flow import ChannelFlow, is_linear
 from mqc.analysis.head import find_head
+from mqc.analysis.streams import MIN_ADDS, find_streams
 from mqc.backends.onnx.emit import emit
 from mqc.backends.onnx.lower import lower
 from mqc.backends.onnx.session import OnnxEngine
@@ -115,7 +116,9 @@ def _measure(row: Row, scheme_name: str) -> None:
     plain = PassManager(last[1:]).run(quantized, context)
     records = [*first.records, *final.records]
     row.skips = [f"{r.name}: {s.where}: {s.reason}" for r in records for s in r.skips]
-    _describe(row, records, compiled)
+    prepared = PassManager(passes[:2]).run(program.to(torch.float32), PassContext(scheme))
+    found = Counter(_kind(stream.components) for stream in find_streams(ChannelFlow(prepared)))
+    _describe(row, records, compiled, found)
 
     reference = ProgramEngine(compiled)
     results = generate_batch(
@@ -134,16 +137,20 @@ def _measure(row: Row, scheme_name: str) -> None:
         generate_batch(engine, prompts, max_new_tokens=ANSWER, stop=())
 
 
-def _describe(row: Row, records: Sequence[Any], compiled: Program) -> None:
-    found: Counter[str] = Counter()
+def _kind(components: Sequence[str]) -> str:
+    return "language" if "decoder" in components else "vision"
+
+
+def _describe(row: Row, records: Sequence[Any], compiled: Program, found: Counter[str]) -> None:
+    rotated: Counter[str] = Counter()
     for record in records:
         if record.name == "hadamard-fuse":
             row.online_rotations = record.counts.get("online", 0)
             for detail in record.details:
                 stream = detail["stream"]
-                if stream["adds"] >= 2:
-                    found["language" if "decoder" in stream["components"] else "vision"] += 1
-    row.streams = {kind: (found[kind], found[kind]) for kind in ("vision", "language")}
+                if stream["adds"] >= MIN_ADDS:
+                    rotated[_kind(stream["components"])] += 1
+    row.streams = {kind: (rotated[kind], found[kind]) for kind in ("vision", "language")}
     weights, left = 0, 0
     for component in compiled:
         head = find_head(component)
