@@ -331,18 +331,19 @@ def _transpose(value: fx.Node, axis: int) -> fx.Node:
 
 def _rotate_heads(program: Program, pair: ValueOutputPair, matrix: Tensor) -> None:
     """W_v[head] = R W_v[head], W_o[:, head] = W_o[:, head] R^T for every head."""
-    weight = program.params[str(pair.value.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
-    bias = param_value(program.params, argument(pair.value, 2))
-    rows = pair.value_rows
-    rotated = weight.clone()
-    rotated[rows] = torch.einsum("ij,hjk->hik", matrix, weight[rows])
-    set_param(program, pair.value, 1, rotated.to(program.dtype))
-    if bias is not None:
-        shifted = bias.to(torch.float64).clone()
-        shifted[rows] = bias.to(torch.float64)[rows] @ matrix.T
-        set_param(program, pair.value, 2, shifted.to(program.dtype))
-    out = program.params[str(pair.output.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
-    columns = pair.output_columns
-    turned = out.clone()
-    turned[:, columns] = out[:, columns] @ matrix.T
-    set_param(program, pair.output, 1, turned.to(program.dtype))
+    rows, columns = pair.value_rows, pair.output_columns
+    for node in pair.values:
+        weight = program.params[str(node.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
+        rotated = weight.clone()
+        rotated[rows] = torch.einsum("ij,hjk->hik", matrix, weight[rows])
+        bias = param_value(program.params, argument(node, 2))
+        set_param(program, node, 1, rotated.to(program.dtype))
+        if bias is not None:
+            shifted = bias.to(torch.float64).clone()
+            shifted[rows] = bias.to(torch.float64)[rows] @ matrix.T
+            set_param(program, node, 2, shifted.to(program.dtype))
+    for node in pair.outputs:
+        out = program.params[str(node.args[1].target)].to(torch.float64)  # type: ignore[union-attr]
+        turned = out.clone()
+        turned[:, columns] = out[:, columns] @ matrix.T
+        set_param(program, node, 1, turned.to(program.dtype))

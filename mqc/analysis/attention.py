@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mqc.analysis.flow import is_linear
-from mqc.analysis.index_trace import IndexTrace, channels_of, is_view
+from mqc.analysis.index_trace import IndexTrace, channels_of, is_choice, is_view
 from mqc.ir import Component, Program
 from mqc.ir.edit import aten, tensor_type
 from mqc.ir.symbols import ExampleSizes, evaluate_shape
@@ -23,16 +23,17 @@ SDPA = aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class ValueOutputPair:
-    """One attention: ``value`` rows [kv_heads, head_dim] and ``output`` columns [heads, head_dim].
+    """One attention: value rows [kv_heads, head_dim] and output columns [heads, head_dim].
 
-    ``value_rows[h, d]`` is the output channel of linear ``value`` that holds channel d of head h;
-    ``output_columns[h, d]`` is the input channel of linear ``output`` that reads it.
+    ``value_rows[h, d]`` is the output channel of every linear of ``values`` that holds channel d
+    of head h; ``output_columns[h, d]`` is the input channel of every linear of ``outputs`` that
+    reads it. There are several where rows choose among experts.
     """
 
     component: str
     attention: fx.Node
-    value: fx.Node
-    output: fx.Node
+    values: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
     value_rows: torch.Tensor
     output_columns: torch.Tensor
 
@@ -70,18 +71,19 @@ class _UnpairedError(Exception):
 def _pair(component: Component, node: fx.Node, sizes: dict[str, int]) -> ValueOutputPair:
     head_value = node.args[2]
     assert isinstance(head_value, fx.Node)
-    source, path = _walk_back(head_value)
+    sources, path = _walk_back(head_value)
     trace = IndexTrace(sizes)
-    trace.seed_channels(source)
+    for source in sources:
+        trace.seed_channels(source)
     rows = _per_head(trace.get(head_value), "value")
     _check_private(component, trace, path, channels_of(rows))
-    sink = _walk_forward(node)
+    sinks = _walk_forward(node)
     heads, width = evaluate_shape(tensor_type(node).shape, sizes)[-3::2]
     back = IndexTrace(sizes)
     shape = back.shape(node)
     marks = torch.arange(heads * width).reshape(heads, 1, width).expand(shape)
     back.seed(node, marks.clone())
-    reader = sink.args[0]
+    reader = sinks[0].args[0]
     assert isinstance(reader, fx.Node)
     columns = back.get(reader)
     order = columns.reshape(-1, columns.shape[-1])
@@ -90,11 +92,11 @@ def _pair(component: Component, node: fx.Node, sizes: dict[str, int]) -> ValueOu
     ):
         raise _UnpairedError("the output projection does not read whole heads of one token")
     inverse = torch.argsort(order[0]).reshape(heads, width)
-    return ValueOutputPair(component.name, node, source, sink, rows, inverse)
+    return ValueOutputPair(component.name, node, sources, sinks, rows, inverse)
 
 
-def _walk_back(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The linear behind a head tensor, and the nodes between, through views and cache joins."""
+def _walk_back(value: fx.Node) -> tuple[tuple[fx.Node, ...], list[fx.Node]]:
+    """The linears behind a head tensor, and the nodes between: views, cache joins, choices."""
     path: list[fx.Node] = []
     sources: list[fx.Node] = []
     stack = [value]
@@ -104,18 +106,23 @@ def _walk_back(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             continue
         if is_linear(node):
             sources.append(node)
+        elif is_choice(node):
+            path.append(node)
+            stack += [n for n in node.args[1:] if isinstance(n, fx.Node)]
         elif is_view(node):
             path.append(node)
             stack += [n for n in node.all_input_nodes if not isinstance(n.meta.get("type"), str)]
         elif node.op != "placeholder":
             raise _UnpairedError(f"the values pass through {node.target}")
-    if len(sources) != 1:
+    if len(sources) != 1 and not any(is_choice(node) for node in path):
         raise _UnpairedError(f"the values come from {len(sources)} linears")
-    return sources[0], path
+    if len({tensor_type(node).shape for node in sources}) != 1:
+        raise _UnpairedError("the values come from linears of several widths")
+    return tuple(sources), path
 
 
-def _walk_forward(node: fx.Node) -> fx.Node:
-    """The one linear that reads an attention's output through views."""
+def _walk_forward(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The linears that read an attention's output through views: one value, one or more readers."""
     sinks: list[fx.Node] = []
     stack = list(node.users)
     while stack:
@@ -126,9 +133,9 @@ def _walk_forward(node: fx.Node) -> fx.Node:
             stack += list(user.users)
         elif user.target != aten.sym_size.int:
             raise _UnpairedError(f"the output passes through {user.target}")
-    if len(set(sinks)) != 1:
+    if len({sink.args[0] for sink in sinks}) != 1:
         raise _UnpairedError(f"{len(set(sinks))} linears read the output")
-    return sinks[0]
+    return tuple(dict.fromkeys(sinks))
 
 
 def _per_head(indices: torch.Tensor, what: str) -> torch.Tensor:
@@ -155,7 +162,7 @@ def _check_private(
         node, user = stack.pop()
         if user.target in (SDPA, aten.sym_size.int) or (user.op == "output" and node in caches):
             continue
-        if is_view(user):
+        if is_view(user) or is_choice(user):
             if user not in known and channels_of(trace.get(user)) & rows:
                 known.add(user)
                 stack += [(user, other) for other in user.users if other not in known]

@@ -33,6 +33,15 @@ def is_view(node: fx.Node) -> bool:
     return name in VIEW_OPS or name in CLONES or node.target is operator.getitem
 
 
+def is_choice(node: fx.Node) -> bool:
+    """Whether ``node`` takes whole rows of one value or of another."""
+    if node.target != aten.where.self:
+        return False
+    condition = node.args[0]
+    kind = condition.meta.get("type") if isinstance(condition, fx.Node) else None
+    return isinstance(kind, TensorType) and kind.shape[-1:] == (1,)
+
+
 class IndexTrace:
     """Evaluates view-like nodes on index tensors. ``sizes`` gives every symbol a small value."""
 
@@ -64,6 +73,9 @@ class IndexTrace:
         return self.values[value]
 
     def _evaluate(self, node: fx.Node) -> Any:
+        if is_choice(node):  # both sides hold the same channel, or it is not known which
+            left, right = self.get(node.args[1]), self.get(node.args[2])
+            return torch.where(left == right, left, EMPTY)
         if node.op != "call_function" or not (is_view(node) or self._is_size(node)):
             return torch.full(self.shape(node), EMPTY)
         if node.target == aten.sym_size.int:

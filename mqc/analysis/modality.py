@@ -2,7 +2,8 @@
 
 The domain of a value is a set of modalities. Values made from an image are visual; embeddings of
 token ids are text; the host merges both into the decoder's input, whose rows are mixed. Rows keep
-their modality through the decoder: attention rows follow their query.
+their modality through the decoder: attention rows follow their query (or, where that is a
+parameter, what it reads).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _gathers(node: fx.Node, asked: set[fx.Node]) -> bool:
 
 def _join(node: fx.Node, domains: Mapping[fx.Node, Domain]) -> Domain | None:
     inputs = list(node.all_input_nodes)
-    if node.target == SDPA:
-        inputs = inputs[:1]
+    if node.target == SDPA and inputs[0] in domains:
+        inputs = inputs[:1]  # queries that are parameters are what they attend to
     found = [domains[value] for value in inputs if value in domains]
     return frozenset().union(*found) if found else None

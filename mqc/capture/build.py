@@ -65,7 +65,7 @@ class Source:
         if isinstance(model, PreTrainedModel):
             self.config = copy.deepcopy(model.config)
             self.weights = ModelWeights(model) if weights else NoWeights()
-            self.generation = model.generation_config
+            self.generation = getattr(model, "generation_config", None)
             self.facts: dict[str, Any] = {"name": type(model).__name__, "kind": "model"}
             kind = type(model)
             self._build: Callable[[], PreTrainedModel] = lambda: kind(self.config)

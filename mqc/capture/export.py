@@ -63,6 +63,7 @@ class _Decoder(_Wrapper):
         position_ids: torch.Tensor,
         mask: torch.Tensor,
         logit_index: torch.Tensor,
+        modality: list[torch.Tensor],
         side: list[torch.Tensor],
         past: list[torch.Tensor],
     ) -> list[torch.Tensor]:
@@ -77,7 +78,7 @@ class _Decoder(_Wrapper):
             attention_mask=masks if len(kinds) > 1 else mask,
             past_key_values=cache,
             use_cache=True,
-            **self.adapter.decoder_arguments(side),
+            **self.adapter.decoder_arguments(side, modality[0] if modality else None),
         )
         hidden = output.last_hidden_state
         index = logit_index[..., None].expand(-1, -1, hidden.shape[-1])
@@ -149,6 +150,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
     batch, tokens, past, rows = 3, 5, 7, 2
     b, s, p, r = _dim("batch"), _dim("tokens"), Dim("past", min=0, max=MAX_LENGTH), _dim("rows")
     masks, side = len(adapter.attention_kinds()), side_names(adapter)
+    modality = ["modality"] if adapter.takes_modality else []
     three = adapter.rope_axes == 3
     position_shape = (3, batch, tokens) if three else (batch, tokens)
     args = (
@@ -156,6 +158,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         skeleton.empty(*position_shape, dtype=torch.int64),
         skeleton.empty(batch, masks, tokens, past + tokens, dtype=torch.bool),
         skeleton.empty(batch, rows, dtype=torch.int64),
+        [skeleton.empty(batch, tokens, dtype=torch.bool) for _ in modality],
         [skeleton.empty(batch, tokens, hidden, dtype=dtype) for _ in side],
         [skeleton.empty(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers)],
     )
@@ -164,6 +167,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         {1: b, 2: s} if three else {0: b, 1: s},
         {0: b, 2: s, 3: Dim.AUTO},
         {0: b, 1: r},
+        [{0: b, 1: s}] * len(modality),
         [{0: b, 1: s}] * len(side),
         [{0: b, 2: p}] * (2 * layers),
     )
@@ -178,6 +182,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
             ("position_ids", position_axes),
             ("mask", ("batch", None, "token", "key")),
             ("logit_index", ("batch", "row")),
+            *((name, ("batch", "token")) for name in modality),
             *((name, ("batch", "token", None)) for name in side),
             *((f"past_{name}", ("batch", None, "past", None)) for name in caches),
         ],
@@ -185,7 +190,12 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
             ("logits", ("batch", "row", None)),
             *((f"present_{name}", ("batch", None, "key", None)) for name in caches),
         ],
-        {(0, 0): "batch", (0, 1): "tokens", (3, 1): "rows", (4 + len(side), 2): "past"},
+        {
+            (0, 0): "batch",
+            (0, 1): "tokens",
+            (3, 1): "rows",
+            (4 + len(modality) + len(side), 2): "past",
+        },
     )
 
 

@@ -118,8 +118,9 @@ class _Injector:
         for pair in find_attention(self.program):
             if not isinstance(pair, ValueOutputPair):
                 continue
-            weight, bias = self._own(pair.value, 1), self._own(pair.value, 2)
-            output = self._own(pair.output, 1)
+            (value,), (reader,) = pair.values, pair.outputs
+            weight, bias = self._own(value, 1), self._own(value, 2)
+            output = self._own(reader, 1)
             if weight is None or output is None:
                 continue
             picked = self._pick(pair.head_dim)
