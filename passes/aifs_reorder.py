@@ -10,6 +10,7 @@ from torch import fx
 from mqc.errors import PassPreconditionError
 from mqc.ir import SCALAR, Component, Port, Program, TensorType
 from mqc.ir.edit import aten, call, eliminate_dead_code, tensor_type
+from mqc.ir.serialize import target_name
 from mqc.passes.modality_split import INPUT
 from mqc.transform import Pass, PassContext, PassResult
 
@@ -55,6 +56,11 @@ class AifsReorder(Pass):
         return result
 
 
+def _counts(reader: fx.Node) -> bool:
+    """Whether a reader of the row mask takes the number of visual rows as well."""
+    return target_name(reader.target).startswith("mqc.")
+
+
 class _Reorder:
     def __init__(self, component: Component) -> None:
         self.component = component
@@ -83,8 +89,10 @@ class _Reorder:
                     if user.target != aten.sym_size.int:
                         user.replace_input_with(node, moved)
                 result.counts["inputs"] += 1
+            if not all(map(_counts, readers)):
+                first = self._visual_first(count)
         for reader in readers:
-            reader.replace_input_with(self.mask, count)
+            reader.replace_input_with(self.mask, count if _counts(reader) else first)
             result.counts["readers"] += 1
 
     def _permutation(self) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -100,12 +108,20 @@ class _Reorder:
         second = self._call(aten.add.Tensor, (rank, offset), kind)
         one_based = self._call(aten.where.self, (self.mask, first, second), kind)
         place = self._call(aten.sub.Scalar, (one_based, 1), kind)
-        size = self._call(aten.sym_size.int, (self.mask, 1), SCALAR)
-        steps = self._call(aten.arange.default, (size,), kind.with_shape(kind.shape[1]))
-        lined = self._call(aten.unsqueeze.default, (steps, 0), kind.with_shape(1, kind.shape[1]))
-        every = self._call(aten.expand.default, (lined, [self._batch(), -1]), kind)
+        every = self._steps(self.mask, 1, kind.shape[1])
         order = self._call(aten.scatter.src, (every, 1, place, every), kind)
         return place, order, count
+
+    def _visual_first(self, count: fx.Node) -> fx.Node:
+        """The row mask in the new order: bool [batch, tokens], for readers that are no operators
+        of mqc (rows that choose among weights)."""
+        kind = tensor_type(self.mask)
+        size = self._call(aten.sym_size.int, (self.mask, 1), SCALAR)
+        steps = TensorType((kind.shape[1],), torch.int64)
+        places = self._call(aten.arange.default, (size,), steps)
+        column = TensorType((kind.shape[0], 1), torch.int64)
+        limit = self._call(aten.unsqueeze.default, (count, 1), column)
+        return self._call(aten.lt.Tensor, (places, limit), kind)
 
     def _batch(self) -> fx.Node:
         return self._call(aten.sym_size.int, (self.mask, 0), SCALAR)
@@ -126,21 +142,33 @@ class _Reorder:
         return None if value is node else value
 
     def _key_order(self, port: Port, order: fx.Node) -> fx.Node:
-        """Past columns as they are, then the new tokens' columns in the new order [batch, keys]."""
+        """Columns [batch, keys] as they are, but those of the new tokens in the new order.
+
+        The number of past keys is only added to things, so that a later pass may put an input in
+        its place, and columns after the new tokens' are left alone.
+        """
         kind = tensor_type(order)
         cache = next(p for p in self.component.inputs if p.axes.count("past") and p != port)
-        axis = cache.axes.index("past")
-        past = cache.type.shape[axis]
         source = self.component.placeholder(cache.name)
-        size = self._call(aten.sym_size.int, (source, axis), SCALAR)
-        steps = self._call(aten.arange.default, (size,), kind.with_shape(past))
-        lined = self._call(aten.unsqueeze.default, (steps, 0), kind.with_shape(1, past))
-        old = self._call(
-            aten.expand.default, (lined, [self._batch(), -1]), kind.with_shape(kind.shape[0], past)
-        )
-        new = self._call(aten.add.Tensor, (order, size), kind)
+        past = self._call(aten.sym_size.int, (source, cache.axes.index("past")), SCALAR)
         keys = port.type.shape[port.axes.index("key")]
-        return self._call(aten.cat.default, ([old, new], 1), kind.with_shape(kind.shape[0], keys))
+        mask = self.component.placeholder(port.name)
+        every = self._steps(mask, port.axes.index("key"), keys)
+        new = self._call(aten.add.Tensor, (order, past), kind)
+        natural = self._steps(self.mask, 1, kind.shape[1])
+        place = self._call(aten.add.Tensor, (natural, past), kind)
+        wide = kind.with_shape(kind.shape[0], keys)
+        return self._call(aten.scatter.src, (every, 1, place, new), wide)
+
+    def _steps(self, value: fx.Node, axis: int, size: Any) -> fx.Node:
+        """0, 1, ... for each sequence: int64 [batch, size], as long as an axis of ``value``."""
+        kind = TensorType((size,), torch.int64)
+        count = self._call(aten.sym_size.int, (value, axis), SCALAR)
+        steps = self._call(aten.arange.default, (count,), kind)
+        lined = self._call(aten.unsqueeze.default, (steps, 0), kind.with_shape(1, size))
+        batch = tensor_type(self.mask).shape[0]
+        every = (lined, [self._batch(), -1])
+        return self._call(aten.expand.default, every, kind.with_shape(batch, size))
 
     def _gather(self, value: fx.Node, axis: int, port: Port, index: fx.Node) -> fx.Node:
         """Pick ``index`` [batch, n] along ``axis``, the same for all other axes."""

@@ -96,9 +96,10 @@ def _norm(value: fx.Node) -> _Source | str:
 
 def _activation(value: fx.Node) -> _Source | str | None:
     """The chain linear -> activation [-> product] [-> transform] behind ``value``."""
-    block, y = 1, value
+    block = 1
+    y: Any = value
     if y.target is _mqc.hadamard.default:
-        block, y = int(y.args[1]), y.args[0]  # type: ignore[arg-type,assignment]
+        block, y = int(y.args[1]), y.args[0]
         if len(y.users) > 1:
             return "another operator reads the value before its transform"
     named = _named(y)
@@ -111,7 +112,7 @@ def _activation(value: fx.Node) -> _Source | str | None:
             named = _named(act)
             if named is None or not isinstance(other, fx.Node):
                 continue
-            if len(act.users) > 1:  # type: ignore[union-attr]
+            if len(act.users) > 1:
                 return "another operator reads the activation"
             whole = joined([named[1], other])
             if whole is None:
@@ -139,7 +140,7 @@ def _named(y: Any) -> tuple[str, fx.Node] | None:
     return _quick_gelu(y)
 
 
-def _quick_gelu(y: fx.Node) -> tuple[str, fx.Node] | None:
+def _quick_gelu(y: Any) -> tuple[str, fx.Node] | None:
     """``x * sigmoid(x * 1.702)``."""
     if y.target is not aten.mul.Tensor:
         return None
@@ -195,6 +196,7 @@ def whole_value(graph: fx.Graph, found: Any) -> fx.Node:
 
 def _other_reader(node: fx.Node, value: fx.Node) -> str | None:
     """Why ``value`` cannot disappear: somebody but ``node`` and float columns reads it."""
+    user: Any
     for user in value.users:
         if user is node:
             continue
@@ -210,14 +212,14 @@ def _fuse(program: Program, node: fx.Node, source: _Source) -> None:
     assert isinstance(value, fx.Node)
     args = [*node.args, *[None] * (4 - len(node.args))]
     unsigned = bool(node.kwargs.get("unsigned", args[3]))
-    selects = [user for user in value.users if user is not node]
-    columns = [program.params[str(select.args[2].target)].tolist() for select in selects]  # type: ignore[union-attr]
+    selects: list[Any] = [user for user in value.users if user is not node]
+    columns = [program.params[str(select.args[2].target)].tolist() for select in selects]
     union = sorted({column for chosen in columns for column in chosen})
     kind = tensor_type(value)
     with graph.inserting_before(node):
         split = None
         if selects:
-            hint = str(selects[0].args[2].target)  # type: ignore[union-attr]
+            hint = str(selects[0].args[2].target)
             split = get_param(program, graph, hint, torch.tensor(union))
         head = (whole_value(graph, source.head[0]), *source.head[1:])
         part = TensorType((*kind.shape[:-1], len(union)), kind.dtype) if selects else None

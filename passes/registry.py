@@ -5,6 +5,7 @@ from __future__ import annotations
 from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.canonicalize import Canonicalize
 from mqc.passes.cleanup import Cleanup
+from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_norm import FuseNorm
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
         Cleanup,
         MergeLinears,
         FuseQuantize,
+        FuseAttention,
         FuseResidual,
     )
 }

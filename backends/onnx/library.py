@@ -11,6 +11,7 @@ beside this file.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def ops_library() -> Path | None:
             hint=f"unset {VARIABLE} to use mqc's own, set it to none for no library, or correct it",
         )
     return path
+
+
+def attention_in_place() -> bool:
+    """Whether the library in use writes new keys and values into the cache it is given.
+
+    A library says so by the C function ``int mqc_attention_in_place(void)``. Bodies in standard
+    operators cannot: they would read what they have overwritten.
+    """
+    library = ops_library()
+    if library is None:
+        return False
+    try:
+        promise = ctypes.CDLL(str(library)).mqc_attention_in_place
+    except (OSError, AttributeError):
+        return False
+    return bool(promise())
 
 
 def onnx_ops_library() -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import mqc.ops  # noqa: F401  (registers the operators)
+from mqc.analysis.heads import unrepeated
 from mqc.errors import TargetError
 from mqc.ir import SCALAR, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
@@ -27,7 +28,6 @@ _MODALITY_READERS: dict[Any, int] = {
     **dict.fromkeys(_INTEGER_LINEARS, 4),
 }
 """Operator -> position of its argument ``modality``."""
-_VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def lower(program: Program) -> tuple[Program, dict[str, int]]:
@@ -185,7 +185,7 @@ def _group_attention(component: Component) -> int:
     count = 0
     target = aten.scaled_dot_product_attention.default
     for node in component.graph.find_nodes(op="call_function", target=target):
-        key, value = _unrepeated(node.args[1]), _unrepeated(node.args[2])
+        key, value = unrepeated(node.args[1]), unrepeated(node.args[2])
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if key is None or value is None or not _same_for_all_heads(mask):
             continue
@@ -197,44 +197,3 @@ def _group_attention(component: Component) -> int:
 
 def _same_for_all_heads(mask: Any) -> bool:
     return mask is None or (tensor_type(mask).rank == 4 and tensor_type(mask).shape[1] == 1)
-
-
-def _unrepeated(node: Any) -> fx.Node | None:
-    """K [B,G,L,D] behind ``reshape(expand(unsqueeze(K, 2)), [B,H,L,D])``, or None."""
-    if not isinstance(node, fx.Node) or node.target not in _VIEWS:
-        return None
-    expand = node.args[0]
-    if not isinstance(expand, fx.Node) or expand.target is not aten.expand.default:
-        return None
-    unsqueeze = expand.args[0]
-    if not isinstance(unsqueeze, fx.Node):
-        return None
-    source = _before_unsqueeze(unsqueeze)
-    if source is None:
-        return None
-    batch, groups, length, width = tensor_type(source).shape
-    wide, result = tensor_type(expand).shape, tensor_type(node).shape
-    repeats = wide[2]
-    if not isinstance(groups, int) or not isinstance(repeats, int):
-        return None
-    expected = (batch, groups, repeats, length, width)
-    if wide != expected or result != (batch, groups * repeats, length, width):
-        return None
-    return source
-
-
-def _before_unsqueeze(node: fx.Node) -> fx.Node | None:
-    """X [B,G,L,D] where ``node`` is X[:, :, None] as unsqueeze or as a reshape."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("type"), TensorType):
-        return None
-    kind = tensor_type(source)
-    if kind.rank != 4:
-        return None
-    while True:
-        if node.target is aten.unsqueeze.default and node.args[1] in (2, -3):
-            return source
-        if node.target in _VIEWS:
-            batch, groups, length, width = kind.shape
-            return source if tensor_type(node).shape == (batch, groups, 1, length, width) else None
-        return None

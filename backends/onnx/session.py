@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqc.backends.onnx.library import THREADS_ENTRY, VARIABLE, ops_library
+from mqc.backends.onnx.library import THREADS_ENTRY, VARIABLE, attention_in_place, ops_library
 from mqc.errors import ArtifactError, TargetError, VerificationError
+from mqc.host.cache import is_buffer, next_capacity, past_of
 from mqc.host.engine import Cache, spread
 
 try:
@@ -63,10 +64,11 @@ class OnnxEngine:
             for name in ("vision", "embed", "decoder")
         }
         decoder = self.sessions["decoder"]
-        given = (*_HOST_INPUTS, *facts.get("deepstack", ()))
+        given = (*_HOST_INPUTS, "past", *facts.get("deepstack", ()))
         self._cache_inputs = [i for i in decoder.get_inputs() if i.name not in given]
         self._hidden = next(i.shape[-1] for i in decoder.get_inputs() if i.name == "inputs_embeds")
         self._outputs = [output.name for output in decoder.get_outputs()]
+        self._in_place = is_buffer(facts) and provider == "cpu" and attention_in_place()
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -82,13 +84,12 @@ class OnnxEngine:
         return self._run("embed", {"input_ids": ids})[0]
 
     def empty_cache(self, batch: int) -> list[Any]:
-        """One empty onnxruntime tensor [batch, kv_heads, 0, head_dim] per cache port."""
+        """One onnxruntime tensor [batch, kv_heads, 0, head_dim] per cache port."""
         cache = []
         for port in self._cache_inputs:
             sizes = {"batch": batch}
             shape = [n if isinstance(n, int) else sizes.get(n, 0) for n in port.shape]
-            dtype = torch.empty(0, dtype=_DTYPES[port.type]).numpy().dtype
-            cache.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)))
+            cache.append(_zeros(shape, port))
         return cache
 
     def decoder(
@@ -100,11 +101,18 @@ class OnnxEngine:
         modality: torch.Tensor,
         cache: Cache,
     ) -> tuple[torch.Tensor, list[Any]]:
-        """See :meth:`mqc.host.engine.Engine.decoder`; the cache holds ``OrtValue`` tensors."""
+        """See :meth:`mqc.host.engine.Engine.decoder`; the cache holds ``OrtValue`` tensors.
+
+        Where kernels write in place, the tensors of the cache are buffers that go in and out;
+        else they grow with every call, whatever form the decoder's inputs have.
+        """
         session = self.sessions["decoder"]
         values = (inputs_embeds, position_ids, mask, logit_index, modality)
         given = dict(zip(_HOST_INPUTS, values, strict=True))
         given.update(spread(inputs_embeds, self._facts.get("deepstack", ()), self._hidden))
+        given["past"] = torch.tensor([past_of(mask)])
+        if self._in_place:
+            cache = [self._with_room(rows, mask) for rows in cache]
         binding = session.io_binding()
         kept = []
         for port in session.get_inputs():
@@ -113,11 +121,27 @@ class OnnxEngine:
                 binding.bind_ortvalue_input(port.name, kept[-1])
         for port, past in zip(self._cache_inputs, cache, strict=True):
             binding.bind_ortvalue_input(port.name, past)
-        for index, name in enumerate(self._outputs):
-            binding.bind_output(name, self._device if index else "cpu")
+        logits_name, *present = self._outputs
+        binding.bind_output(logits_name, "cpu")
+        for index, name in enumerate(present):
+            if self._in_place:
+                binding.bind_ortvalue_output(name, cache[index])
+            else:
+                binding.bind_output(name, self._device)
         session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()), present
+        logits, *made = binding.get_outputs()
+        return torch.from_numpy(logits.numpy()), list(cache) if self._in_place else made
+
+    def _with_room(self, cache: Any, mask: torch.Tensor) -> Any:
+        """``cache``, or a larger copy where the call's keys do not fit."""
+        batch, heads, current, width = cache.shape()
+        rows = next_capacity(mask.shape[3], current, self._facts.get("max_positions"))
+        if rows == current:
+            return cache
+        used, old = past_of(mask), cache.numpy()
+        larger = np.zeros((batch, heads, rows, width), old.dtype)
+        larger[:, :, :used] = old[:, :, :used]
+        return ort.OrtValue.ortvalue_from_numpy(larger)
 
     def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         session, feeds = self.sessions[name], {}
@@ -187,6 +211,12 @@ def _array(tensor: torch.Tensor, port: Any) -> np.ndarray[Any, Any]:
     """The tensor's memory in the dtype of an input."""
     array: np.ndarray[Any, Any] = tensor.detach().to("cpu", _DTYPES[port.type]).contiguous().numpy()
     return array
+
+
+def _zeros(shape: list[int], port: Any) -> Any:
+    """An onnxruntime tensor of zeros in the dtype of an input."""
+    dtype = torch.empty(0, dtype=_DTYPES[port.type]).numpy().dtype
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
 
 
 def _value(tensor: torch.Tensor, port: Any) -> Any:

@@ -18,8 +18,9 @@ from mqc.host.batch import Batch, KeyTable, Padding, chunk_ends, make_batch
 from mqc.host.prompt import Prompt
 
 Cache = Sequence[Any]
-"""An engine's KV cache: one entry per decoder port ``past_key_0, past_value_0, ...``, in order of
-the ports. Only the engine looks inside."""
+"""An engine's KV cache: one entry per decoder port ``past_key_0, past_value_0, ...`` (or
+``key_cache_0, ...``, see :mod:`mqc.host.cache`), in order of the ports. Only the engine looks
+inside, and a call may write into what it is given: a cache is continued once."""
 
 
 class Engine(Protocol):

@@ -11,8 +11,10 @@ from torch import fx
 
 import mqc.ops  # noqa: F401  (registers the operators that a lowered program calls)
 from mqc.errors import VerificationError
+from mqc.host.cache import grown, is_buffer, next_capacity, past_of
 from mqc.host.engine import Cache, spread
 from mqc.ir import Port, Program
+from mqc.ir.types import is_cache
 
 
 class ProgramEngine:
@@ -39,8 +41,8 @@ class ProgramEngine:
         return self._call("embed", {"input_ids": ids})[0]
 
     def empty_cache(self, batch: int) -> list[torch.Tensor]:
-        """One tensor [batch, kv_heads, 0, head_dim] per cache port."""
-        sizes = {"batch": batch, "past": 0}
+        """One tensor [batch, kv_heads, 0, head_dim] per cache port; buffers grow when needed."""
+        sizes = {"batch": batch, "past": 0, "capacity": 0}
         return [
             torch.zeros(
                 [size if isinstance(size, int) else sizes[size] for size in port.type.shape],
@@ -67,16 +69,25 @@ class ProgramEngine:
             "modality": modality,
         }
         names = [port.name for port in self._cache_ports()]
+        if is_buffer(self.facts):
+            inputs["past"] = torch.tensor([past_of(mask)])
+            cache = [self._with_room(rows, mask) for rows in cache]
         inputs.update(zip(names, cache, strict=True))
         logits, *present = self._call("decoder", inputs)
         return logits, present
+
+    def _with_room(self, cache: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``cache``, or a larger copy where the call's keys do not fit."""
+        limit = self.facts.get("max_positions")
+        rows = next_capacity(mask.shape[3], cache.shape[2], limit)
+        return cache if rows == cache.shape[2] else grown(cache, rows, past_of(mask))
 
     def _hidden(self) -> int:
         return int(self.program.components["decoder"].input("inputs_embeds").type.shape[-1])
 
     def _cache_ports(self) -> list[Port]:
         ports = self.program.components["decoder"].inputs
-        return [port for port in ports if port.axis("past") is not None and port.name != "mask"]
+        return [port for port in ports if is_cache(port)]
 
     def _call(self, name: str, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         component = self.program.components[name]

@@ -87,7 +87,8 @@ class Port:
     """An input or output of a component.
 
     ``axes`` names the role of each axis: ``"batch"``, ``"token"``, ``"key"`` (past and new
-    tokens), ``"past"``, ``"patch"``, ``"image"``, ``"row"`` (rows the head is asked for), or
+    tokens), ``"past"``, ``"capacity"`` (rows of a cache, past and free ones), ``"patch"``,
+    ``"image"``, ``"row"`` (rows the head is asked for), or
     ``None``. This is the token layout that modality and reordering passes work from.
     """
 
@@ -107,3 +108,8 @@ class Port:
         kind, axes = data["type"], data["axes"]
         assert isinstance(kind, dict) and isinstance(axes, list)
         return cls(str(data["name"]), TensorType.from_json(kind), tuple(axes))
+
+
+def is_cache(port: Port) -> bool:
+    """Whether a port is a KV cache: growing (axis "past") or of fixed capacity."""
+    return port.axis("past") is not None or port.axis("capacity") is not None
