@@ -120,33 +120,19 @@ void pack_task(void* context, size_t index) {
                      job.correction + row * p.s.groups);
 }
 
-// Weights of a strip for the tiles: where they are packed, or unpacked to the panel.
-void set_weights(const Job& job, int64_t block, int64_t blocks, uint8_t* panel, Tile* t) {
-    const Plan& p = job.plan;
-    const uint8_t* packed =
-        static_cast<const uint8_t*>(job.call->packed) + block * p.s.block_bytes;
-    t->group_k = p.padded;
-    if (!p.panel) {
-        t->w = packed;
-        t->w_block = p.s.block_bytes;
-        t->w_group = p.s.group_bytes;
-        return;
-    }
-    t->w = panel;
-    t->w_group = p.padded * kBlock;
-    t->w_block = t->w_group * p.s.groups;
-    for (int64_t b = 0; b < blocks; b++)
-        for (int64_t g = 0; g < p.s.groups; g++) {
-            const uint8_t* in = packed + b * p.s.block_bytes + g * p.s.group_bytes;
-            uint8_t* out = panel + b * t->w_block + g * t->w_group;
-            if (p.s.bits == 4) {
-                p.isa->unpack(in, p.s.group_k, p.padded, out);
-            } else {
-                memcpy(out, in, static_cast<size_t>(p.s.group_bytes));
-                memset(out + p.s.group_bytes, 0,
-                       static_cast<size_t>(t->w_group - p.s.group_bytes));
-            }
+// Unpacks a strip's weights to the panel (or copies them there with more padding).
+void fill_panel(const Plan& p, const uint8_t* packed, int64_t blocks, uint8_t* panel) {
+    const int64_t group = p.padded * kBlock;
+    for (int64_t i = 0; i < blocks * p.s.groups; i++) {
+        const uint8_t* in = packed + i * p.s.group_bytes;
+        uint8_t* out = panel + i * group;
+        if (p.s.bits == 4) {
+            p.isa->unpack(in, p.s.group_k, p.padded, out);
+        } else {
+            memcpy(out, in, static_cast<size_t>(p.s.group_bytes));
+            memset(out + p.s.group_bytes, 0, static_cast<size_t>(group - p.s.group_bytes));
         }
+    }
 }
 
 // Runs a tile whose channels reach past N on padded copies of what it reads and writes.
@@ -167,7 +153,8 @@ void edge_tile(const Job& job, Form form, Tile t, int64_t channels, float* edge)
     t.y_row = t.residual_row = width;
     if (t.bias) t.bias = bias;
     if (t.residual) t.residual = residual;
-    if (channels <= kBlock) t.w_block = t.scale_block = t.split_block = 0;  // one block, twice
+    if (channels <= kBlock)  // one block, twice
+        t.w_block = t.keep_block = t.ahead_block = t.scale_block = t.split_block = 0;
     job.plan.isa->tile(form, t);
     for (int64_t r = 0; r < t.rows; r++) memcpy(target + r * c.shape.n, y + r * width, bytes);
 }
@@ -178,9 +165,25 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     const int64_t block = index * p.isa->blocks, column = block * kBlock;
     const int64_t blocks = p.s.blocks - block < p.isa->blocks ? p.s.blocks - block : p.isa->blocks;
     const int64_t channels = c.shape.n - column;
+    const uint8_t* packed = static_cast<const uint8_t*>(c.packed) + block * p.s.block_bytes;
     Tile t;
-    set_weights(job, block, blocks, scratch, &t);
-    const Form form = p.s.bits == 8 ? kBytes : p.panel ? kSmall : kNibbles;
+    t.group_k = p.padded;
+    t.keep = nullptr;
+    t.keep_group = p.padded * kBlock;
+    t.keep_block = t.keep_group * p.s.groups;
+    Form form = p.s.bits == 8 ? kBytes : kSmall;
+    if (p.panel && !(p.isa->nibbles && p.s.bits == 4)) {
+        fill_panel(p, packed, blocks, scratch);
+        t.w = scratch;
+        t.w_block = t.keep_block;
+        t.w_group = t.keep_group;
+    } else {
+        t.w = packed;
+        t.w_block = p.s.block_bytes;
+        t.w_group = p.s.group_bytes;
+        if (p.s.bits == 4) form = kNibbles;
+        if (p.panel) t.keep = scratch;  // the first row tile unpacks for the others
+    }
     t.groups = p.s.groups;
     t.scale_block = p.s.groups * kBlock;
     t.w_scale = c.w_scale + block * t.scale_block;
@@ -190,10 +193,8 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     t.w_split = c.split ? c.w_split + block * t.split_block : nullptr;
     t.residual_row = t.y_row = c.shape.n;
     // While the first row tile is computed, the next strip's packed weights come to the cache.
-    const bool more = p.panel && p.s.bits == 4 && index + 1 < p.strips;
-    t.ahead = more ? static_cast<const uint8_t*>(c.packed) +
-                         (block + p.isa->blocks) * p.s.block_bytes
-                   : nullptr;
+    const bool more = p.s.bits == 4 && index + 1 < p.strips;
+    t.ahead = more ? packed + p.isa->blocks * p.s.block_bytes : nullptr;
     t.ahead_block = p.s.block_bytes;
     for (int64_t i = tile_from; i < tile_to; i++) {
         const int64_t row = first_row(job, i);
@@ -209,6 +210,13 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
         else
             p.isa->tile(form, t);
         t.ahead = nullptr;
+        if (t.keep) {
+            form = kSmall;
+            t.w = t.keep;
+            t.w_block = t.keep_block;
+            t.w_group = t.keep_group;
+            t.keep = nullptr;
+        }
     }
 }
 

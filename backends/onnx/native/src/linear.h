@@ -57,6 +57,8 @@ struct Tile {
     int64_t y_row;
     const uint8_t* ahead;  // memory wanted soon: one line for every block and 8 inputs, or null
     int64_t ahead_block;
+    uint8_t* keep;  // where kNibbles leaves the weights unpacked, as kSmall reads them, or null
+    int64_t keep_block, keep_group;  // bytes, as w_block and w_group
 };
 
 struct LinearIsa {

@@ -29,23 +29,46 @@ using mqc::Tile;
 template <class V>
 constexpr int64_t kVectors = kBlock / V::lanes;  // of a block
 
-// y of one vector of one row from its scaled sums; the order of mqc_kernels.h.
-template <class V>
-inline void finish(const Tile& t, int64_t row, int64_t block, int64_t lane,
-                   typename V::Float sum) {
-    const int64_t column = block * kBlock + lane;
-    typename V::Float y = V::mul(sum, V::spread_float(t.x_scale[row]));
-    if (t.bias) y = V::add(y, V::load_float(t.bias + column));
-    if (t.split) {
-        const float* x = t.x_split + row * t.split;
-        const float* w = t.w_split + block * t.split_block + lane;
-        typename V::Float term = V::mul(V::spread_float(x[0]), V::load_float(w));
-        for (int64_t j = 1; j < t.split; j++)
-            term = V::add(term, V::mul(V::spread_float(x[j]), V::load_float(w + j * kBlock)));
-        y = V::add(y, term);
+// Finished values of a tile from its scaled sums; the order of mqc_kernels.h. Each term is one pass
+// over registers, so that a term that is not there costs one branch a tile.
+template <class V, int R, int N>
+inline __attribute__((always_inline)) void finish(const Tile& t, typename V::Float (&y)[R][N]) {
+    constexpr int P = kVectors<V>;
+    if (t.bias) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++)
+                y[r][v] = V::add(y[r][v], V::load_float(t.bias + v * V::lanes));
     }
-    if (t.residual) y = V::add(y, V::load_float(t.residual + row * t.residual_row + column));
-    V::store_float(t.y + row * t.y_row + column, y);
+    if (t.split) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const float* x = t.x_split + r * t.split;
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) {
+                const float* w = t.w_split + v / P * t.split_block + v % P * V::lanes;
+                typename V::Float term = V::mul(V::spread_float(x[0]), V::load_float(w));
+                for (int64_t j = 1; j < t.split; j++)
+                    term = V::add(term, V::mul(V::spread_float(x[j]),
+                                               V::load_float(w + j * kBlock)));
+                y[r][v] = V::add(y[r][v], term);
+            }
+        }
+    }
+    if (t.residual) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++)
+                y[r][v] = V::add(y[r][v], V::load_float(t.residual + r * t.residual_row +
+                                                        v * V::lanes));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < N; v++)
+            V::store_float(t.y + r * t.y_row + v * V::lanes, y[r][v]);
 }
 
 // Makes the compiler load from w again, rather than keep both halves of a step in registers.
@@ -58,7 +81,8 @@ inline void hide(const uint8_t*& w) {
 // Adds the products of four inputs, the first or the second half of a step of eight.
 template <class V, int R, int N, Form form, bool half>
 inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_block,
-                                                    const int8_t* x, typename V::Int (&sum)[R][N]) {
+                                                    const int8_t* x, typename V::Int (&sum)[R][N],
+                                                    uint8_t* keep, int64_t keep_block) {
     typename V::Bytes weights[N];
 #pragma GCC unroll 16
     for (int v = 0; v < N; v++) {
@@ -67,6 +91,13 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_
             weights[v] = half ? V::high(V::load(p)) : V::low(V::load(p));
         else
             weights[v] = V::load(p + (half ? 64 : 0));
+    }
+    if (form == kNibbles && keep) {
+#pragma GCC unroll 16
+        for (int v = 0; v < N; v++)
+            V::store(keep + v / kVectors<V> * keep_block + v % kVectors<V> * 4 * V::lanes +
+                         (half ? 64 : 0),
+                     weights[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -80,10 +111,11 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_
 // R rows, B blocks. `x` is [groups, group_k / 4, R, 4].
 template <class V, int R, int B, Form form>
 void tile_of(const Tile& t) {
-    constexpr int N = B * kVectors<V>;
+    constexpr int P = kVectors<V>, N = B * P;
     // Few sums: keep two of each, or the latency of the dot product would show.
     constexpr bool two = R * N <= V::latency;
-    float partial[R][B * kBlock] = {};
+    float partial[R][B * kBlock];
+    if (t.groups > 1) memset(partial, 0, sizeof partial);
     const int8_t* x = t.x;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -100,6 +132,7 @@ void tile_of(const Tile& t) {
             }
         }
         const uint8_t* w = t.w + g * t.w_group;
+        uint8_t* keep = form == kNibbles && t.keep ? t.keep + g * t.keep_group : nullptr;
         const uint8_t* ahead = t.ahead ? t.ahead + g * t.w_group : nullptr;
         const int64_t stride = form == kNibbles ? 64 : 128;
         for (int64_t i = 0; i < t.group_k / 8; i++, w += stride, x += 8 * R) {
@@ -108,31 +141,43 @@ void tile_of(const Tile& t) {
                 for (int b = 0; b < B; b++) __builtin_prefetch(ahead + b * t.ahead_block);
                 ahead += 64;
             }
-            multiply<V, R, N, form, false>(w, t.w_block, x, sum);
+            multiply<V, R, N, form, false>(w, t.w_block, x, sum, keep, t.keep_block);
             hide(w);
             if constexpr (two)
-                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, second);
+                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, second, keep, t.keep_block);
             else
-                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, sum);
+                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, sum, keep, t.keep_block);
+            if (form == kNibbles && keep) keep += 128;
         }
-        const bool last = g == t.groups - 1;
+        typename V::Float y[R][N];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
+        for (int v = 0; v < N; v++) {
+            const float* at = t.w_scale + v / P * t.scale_block + g * kBlock + v % P * V::lanes;
+            const typename V::Float scale = V::load_float(at);
 #pragma GCC unroll 16
-            for (int v = 0; v < N; v++) {
-                const int64_t block = v / kVectors<V>, lane = v % kVectors<V> * V::lanes;
-                const float* scale = t.w_scale + block * t.scale_block + g * kBlock + lane;
-                typename V::Int total = sum[r][v];
-                if (two) total = V::add(total, second[two ? r : 0][two ? v : 0]);
-                typename V::Float s = V::mul(V::to_float(total), V::load_float(scale));
-                float* before = &partial[r][block * kBlock + lane];
-                if (t.groups > 1) s = V::add(V::load_float(before), s);
-                if (last)
-                    finish<V>(t, r, block, lane, s);
-                else
-                    V::store_float(before, s);
+            for (int r = 0; r < R; r++) {
+                if (two) sum[r][v] = V::add(sum[r][v], second[two ? r : 0][two ? v : 0]);
+                y[r][v] = V::mul(V::to_float(sum[r][v]), scale);
             }
         }
+        if (t.groups > 1) {
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+                for (int v = 0; v < N; v++) {
+                    float* before = &partial[r][v * V::lanes];
+                    y[r][v] = V::add(V::load_float(before), y[r][v]);
+                    V::store_float(before, y[r][v]);
+                }
+        }
+        if (g < t.groups - 1) continue;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const typename V::Float scale = V::spread_float(t.x_scale[r]);
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) y[r][v] = V::mul(y[r][v], scale);
+        }
+        finish<V, R, N>(t, y);
     }
 }
 
