@@ -11,6 +11,7 @@ from mqc.errors import PassPreconditionError
 from mqc.ir import SCALAR, Component, Port, Program, TensorType
 from mqc.ir.edit import aten, call, eliminate_dead_code, tensor_type
 from mqc.ir.serialize import target_name
+from mqc.ir.serialize import target_name
 from mqc.passes.modality_split import INPUT
 from mqc.transform import Pass, PassContext, PassResult
 
@@ -54,6 +55,11 @@ class AifsReorder(Pass):
                 program.facts["kv_order"] = AIFS
         eliminate_dead_code(program)
         return result
+
+
+def _counts(reader: fx.Node) -> bool:
+    """Whether a reader of the row mask takes the number of visual rows as well."""
+    return target_name(reader.target).startswith("mqc.")
 
 
 def _counts(reader: fx.Node) -> bool:
@@ -111,6 +117,17 @@ class _Reorder:
         every = self._steps(self.mask, 1, kind.shape[1])
         order = self._call(aten.scatter.src, (every, 1, place, every), kind)
         return place, order, count
+
+    def _visual_first(self, count: fx.Node) -> fx.Node:
+        """The row mask in the new order: bool [batch, tokens], for readers that are no operators
+        of mqc (rows that choose among weights)."""
+        kind = tensor_type(self.mask)
+        size = self._call(aten.sym_size.int, (self.mask, 1), SCALAR)
+        steps = TensorType((kind.shape[1],), torch.int64)
+        places = self._call(aten.arange.default, (size,), steps)
+        column = TensorType((kind.shape[0], 1), torch.int64)
+        limit = self._call(aten.unsqueeze.default, (count, 1), column)
+        return self._call(aten.lt.Tensor, (places, limit), kind)
 
     def _visual_first(self, count: fx.Node) -> fx.Node:
         """The row mask in the new order: bool [batch, tokens], for readers that are no operators
