@@ -164,7 +164,7 @@ def _room(engine: Engine, prompts: Sequence[Prompt]) -> int:
     positions = engine.facts.get("max_positions")
     if positions is None:
         return sys.maxsize
-    longest = max(prompt.next_position for prompt in prompts)
+    longest = max((prompt.next_position for prompt in prompts), default=0)
     if longest > positions:
         raise UsageError(
             f"a prompt takes {longest} positions; the model has {positions}",
