@@ -174,7 +174,7 @@ class Kernels:
         return out
 
     def call(self, linear: PackedLinear, xq: Array, y: Array, **optional: Array | None) -> Call:
-        """Arguments of a call; it keeps addresses only, so the arrays must live as long.
+        """Arguments of a call. It keeps the arrays alive.
 
         Args:
             xq: int8 or uint8 [..., K], contiguous.
@@ -194,6 +194,7 @@ class Kernels:
             call.split = x_split.shape[-1]
         for name, array in optional.items():
             setattr(call, name, _address(array) if array is not None else None)
+        call.arrays = (linear, xq, y, optional)
         return call
 
     def threads(self, count: int) -> Threads:
