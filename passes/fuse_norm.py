@@ -17,6 +17,7 @@ from mqc.ir.edit import (
     set_param,
     tensor_type,
 )
+from mqc.passes.split_sums import split_sums
 from mqc.transform import Pass, PassContext, PassResult, Skip
 
 
@@ -43,6 +44,9 @@ class FuseNorm(Pass):
             for node in list(component.graph.nodes):
                 if _fold_layer_scale(program, node, ctx):
                     result.counts["layer_scales"] += 1
+            if sums := split_sums(program, component, ctx):
+                result.counts["sums"] += sums
+        eliminate_dead_code(program)  # sums that nobody reads any more
         flow = ChannelFlow(program, norms_open=True)
         for component in program:
             for node in list(component.graph.nodes):
