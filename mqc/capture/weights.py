@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,22 @@ class FolderWeights:
         for name, (shape, dtype) in types.items():
             if name not in keys:
                 continue
-            key = keys[name]
-            if self.shapes[key] != shape:
+            key, swap = keys[name]
+            stored = self.shapes[key]
+            if swap is not None and (not swap.only_if_needed or stored != shape):
+                stored = swap.shape(stored)
+            else:
+                swap = None
+            if stored != shape:
                 raise CheckpointError(
                     f"tensor {key!r} in {self.where[key]} has shape {list(self.shapes[key])}; "
                     f"config.json asks for {list(shape)}",
                     hint="config.json and the weights belong to different models",
                 )
-            result[name] = self._loader(key, dtype)
+            result[name] = self._loader(key, dtype, swap)
         return result
 
-    def _loader(self, key: str, dtype: torch.dtype) -> Loader:
+    def _loader(self, key: str, dtype: torch.dtype, swap: _Swap | None) -> Loader:
         path = self.where[key]
 
         def load() -> torch.Tensor:
@@ -83,6 +89,8 @@ class FolderWeights:
                 raise CheckpointError(
                     f"tensor {key!r} in {path} cannot be read: {error}", hint=_CORRUPT_HINT
                 ) from error
+            if swap is not None:
+                tensor = tensor.transpose(*swap.axes).contiguous()
             return checked(tensor, key, str(path)).to(dtype)
 
         return load
@@ -193,14 +201,29 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _translated(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Parameter name -> checkpoint key, as transformers renames keys on load.
+@dataclass(frozen=True)
+class _Swap:
+    """Two axes that a checkpoint stores the other way round, always or where the shape says so."""
+
+    axes: tuple[int, int]
+    only_if_needed: bool
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = list(stored)
+        one, two = self.axes
+        sizes[one], sizes[two] = sizes[two], sizes[one]
+        return tuple(sizes)
+
+
+def _translated(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, _Swap | None]]:
+    """Parameter name -> checkpoint key and how it is stored, as transformers converts on load.
 
     transformers' own functions do the renaming; this is the only place that calls them. A
     checkpoint whose tensors must be merged or split on load is refused.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
+        Transpose,
         WeightConverter,
         WeightRenaming,
         rename_source_key,
@@ -211,16 +234,23 @@ def _translated(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     expected = model.state_dict()
     prefix = model.base_model_prefix
-    result: dict[str, str] = {}
+    result: dict[str, tuple[str, _Swap | None]] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], prefix, expected)
-        if pattern is not None and name in expected:
+        swap = None
+        for converter in converters if pattern is not None else ():
+            operations = converter.operations
+            if pattern in converter.source_patterns and len(operations) == 1:
+                (operation,) = operations
+                if isinstance(operation, Transpose):
+                    swap = _Swap((operation.dim0, operation.dim1), operation.check_dims)
+        if pattern is not None and swap is None and name in expected:
             raise CheckpointError(
                 f"tensor {key!r} needs a conversion of its values to become {name!r}, which mqc "
                 "does not do",
                 hint="load the model with transformers and save_pretrained() it first",
             )
-        result[name] = key
+        result[name] = (key, swap)
     return result

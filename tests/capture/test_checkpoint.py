@@ -103,11 +103,12 @@ def test_nothing_is_read_before_it_is_used(folder: Path, monkeypatch: pytest.Mon
     assert len(read) == 1
 
 
-@pytest.mark.parametrize("family", sorted(BASIC))
+@pytest.mark.parametrize("family", [*sorted(BASIC), "qwen3_vl_moe"])
 def test_names_of_first_releases(family: str, tmp_path: Path) -> None:
-    """save_pretrained writes the names that a family's first checkpoints had."""
+    """save_pretrained writes names, and for experts the order of axes, as first released."""
     build_family(family)[0].save_pretrained(tmp_path)
     head = {"qwen2_vl": "visual.", "llava": "language_model.lm_", "internvl": "language_model.lm_"}
+    head["qwen3_vl_moe"] = "model.language_model.layers.0.mlp.experts."
     assert any(name.startswith(head[family]) for name in load_file(tmp_path / SHARD))
     same_as_from_pretrained(tmp_path)
 
