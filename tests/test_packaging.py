@@ -293,7 +293,7 @@ FAMILIES = (
     "siglip clip_ cogvlm llama"
 ).split()
 MODULES = (
-    "q_proj k_proj v_proj o_proj qkv gate_proj up_proj down_proj fc1 fc2 lm_head layernorm "
+    "q_proj k_proj v_proj o_proj qkv gate_proj up_proj down_proj fc1 fc2 lm_head _layernorm "
     "post_attention vision_tower language_model mm_projector multi_modal"
 ).split()
 
