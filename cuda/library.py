@@ -268,7 +268,7 @@ def library_path() -> Path | None:
     given = os.environ.get(PATH_VARIABLE)
     if given:
         return Path(given)
-    built = Path(__file__).resolve().parent / "lib" / FILE_NAME
+    built = Path(__file__).resolve().parent / FILE_NAME
     return built if built.is_file() else None
 
 
@@ -282,6 +282,6 @@ def load() -> Library:
     if path is None:
         raise KernelError(
             f"the CUDA kernel library {FILE_NAME} was not built",
-            hint="install CUDA's nvcc 12.4 or later and run: python -m mqc.cuda.build",
+            hint="install CUDA's nvcc 12.5 or later and run: python -m mqc.cuda.build",
         )
     return Library(path)

@@ -95,11 +95,12 @@ int fill_params(const mqc_linear_args& args, LinearParams& p) {
   p.channel_tiles = static_cast<int32_t>(ceil_div(args.n, kTileChannels));
   p.input_tiles = static_cast<int32_t>(ceil_div(args.k, kTileInputs));
   p.split_columns = args.split_columns;
+  p.dtype = args.dtype;
   const int vector = 16 / bytes;
   const bool y_vectors = args.n % vector == 0 && args.y_stride % vector == 0 && aligned16(args.y);
   const bool add_vectors =
       args.residual == nullptr || (args.residual_stride % vector == 0 && aligned16(args.residual));
-  p.vector_io = y_vectors && add_vectors ? 1 : 0;
+  p.vector_io = y_vectors && add_vectors && aligned16(args.w_scale) && aligned16(args.bias) ? 1 : 0;
   return MQC_OK;
 }
 
@@ -112,7 +113,7 @@ KernelShape kernel_shape(int kernel) {
     case MQC_LINEAR_MMA_32: return shape_of<Mma32<4>>();
     case MQC_LINEAR_MMA_64: return shape_of<Mma64<4>>();
     case MQC_LINEAR_MMA_128: return shape_of<Mma128<4>>();
-    default: return {WgmmaShape<4, bf16>::kChannels, WgmmaShape<4, bf16>::kTokens, 1, 1};
+    default: return {WgmmaShape<4>::kChannels, WgmmaShape<4>::kTokens, 1, 1};
   }
 }
 
@@ -188,14 +189,13 @@ int mqc_linear(const mqc_linear_args* args, void* stream) {
   MQC_CHECK(plan_linear(*args, device, plan));
   params.split_k = plan.split_k;
   const int bits = bits_of(args->layout);
-  if (plan.kernel == MQC_LINEAR_WGMMA) return launch_linear_wgmma(params, device, bits, args->dtype, stream);
+  if (plan.kernel == MQC_LINEAR_WGMMA) return launch_linear_wgmma(params, device, bits, stream);
   if (plan.split_k > 1) {
     MQC_CHECK(check_workspace(args->workspace, args->workspace_bytes, kCounterBytes + plan.partial_bytes));
     params.counters = static_cast<uint32_t*>(args->workspace);
     params.partial = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(args->workspace) + kCounterBytes);
   }
-  return bits == 4 ? launch_linear_mma_w4(params, plan, args->dtype, stream)
-                   : launch_linear_mma_w8(params, plan, args->dtype, stream);
+  return bits == 4 ? launch_linear_mma_w4(params, plan, stream) : launch_linear_mma_w8(params, plan, stream);
 }
 
 }  // extern "C"

@@ -21,28 +21,23 @@ struct KernelShape {
 KernelShape kernel_shape(int kernel);
 int plan_linear(const mqc_linear_args& args, const Device& device, LinearPlan& plan);
 
-int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, int dtype, void* stream);
-int launch_linear_mma_w8(const LinearParams& params, const LinearPlan& plan, int dtype, void* stream);
-int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, int dtype, void* stream);
+int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, void* stream);
+int launch_linear_mma_w8(const LinearParams& params, const LinearPlan& plan, void* stream);
+int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, void* stream);
 
-template <int kBits>
-int launch_linear_mma(const LinearParams& params, const LinearPlan& plan, int dtype, void* stream) {
-  return by_float_type(dtype, "mqc_linear", [&](auto zero) {
-    using T = decltype(zero);
-    const auto run = [&](auto shape) {
-      using Shape = decltype(shape);
-      const Grid grid{ceil_div(params.n, Shape::kChannels), ceil_div(params.rows, Shape::kTokens), plan.split_k};
-      return launch("linear_mma", linear_mma_kernel<Shape, T>, grid, Shape::kThreads,
-                    Shape::template shared_bytes<T>(), stream, params);
-    };
-    switch (plan.kernel) {
-      case MQC_LINEAR_MMA_8: return run(Mma8<kBits>{});
-      case MQC_LINEAR_MMA_16: return run(Mma16<kBits>{});
-      case MQC_LINEAR_MMA_32: return run(Mma32<kBits>{});
-      case MQC_LINEAR_MMA_64: return run(Mma64<kBits>{});
-      default: return run(Mma128<kBits>{});
-    }
-  });
+template <int kBits> int launch_linear_mma(const LinearParams& params, const LinearPlan& plan, void* stream) {
+  const auto run = [&](auto shape) {
+    using Shape = decltype(shape);
+    const Grid grid{ceil_div(params.n, Shape::kChannels), ceil_div(params.rows, Shape::kTokens), plan.split_k};
+    return launch("linear_mma", linear_mma_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, stream, params);
+  };
+  switch (plan.kernel) {
+    case MQC_LINEAR_MMA_8: return run(Mma8<kBits>{});
+    case MQC_LINEAR_MMA_16: return run(Mma16<kBits>{});
+    case MQC_LINEAR_MMA_32: return run(Mma32<kBits>{});
+    case MQC_LINEAR_MMA_64: return run(Mma64<kBits>{});
+    default: return run(Mma128<kBits>{});
+  }
 }
 
 }  // namespace mqc

@@ -2,8 +2,8 @@
 
 namespace mqc {
 
-int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, int dtype, void* stream) {
-  return launch_linear_mma<4>(params, plan, dtype, stream);
+int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, void* stream) {
+  return launch_linear_mma<4>(params, plan, stream);
 }
 
 }  // namespace mqc

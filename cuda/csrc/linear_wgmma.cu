@@ -59,24 +59,21 @@ int encode_rows(gpu::TensorMap& map, const LinearParams& p, int box_rows) {
 
 #endif
 
-template <int kBits> int run(LinearParams params, const Device& device, int dtype, void* stream) {
-  return by_float_type(dtype, "mqc_linear", [&](auto zero) {
-    using T = decltype(zero);
-    using Shape = WgmmaShape<kBits, T>;
-    gpu::TensorMap map;
-    MQC_CHECK(encode_rows(map, params, Shape::kTokens));
-    params.band = kBand;
-    const int64_t tiles = ceil_div(params.n, Shape::kChannels) * ceil_div(params.rows, Shape::kTokens);
-    const Grid grid{tiles < device.multiprocessors ? tiles : device.multiprocessors};
-    return launch("linear_wgmma", linear_wgmma_kernel<kBits, T>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
-                  params, map);
-  });
+template <int kBits> int run(LinearParams params, const Device& device, void* stream) {
+  using Shape = WgmmaShape<kBits>;
+  gpu::TensorMap map;
+  MQC_CHECK(encode_rows(map, params, Shape::kTokens));
+  params.band = kBand;
+  const int64_t tiles = ceil_div(params.n, Shape::kChannels) * ceil_div(params.rows, Shape::kTokens);
+  const Grid grid{tiles < device.multiprocessors ? tiles : device.multiprocessors};
+  return launch("linear_wgmma", linear_wgmma_kernel<kBits>, grid, Shape::kThreads, Shape::kSharedBytes, stream, params,
+                map);
 }
 
 }  // namespace
 
-int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, int dtype, void* stream) {
-  return bits == 4 ? run<4>(params, device, dtype, stream) : run<8>(params, device, dtype, stream);
+int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, void* stream) {
+  return bits == 4 ? run<4>(params, device, stream) : run<8>(params, device, stream);
 }
 
 }  // namespace mqc

@@ -43,7 +43,7 @@ def test_rotary_cache(
 ) -> None:
     emulated.configure(seed=width)
     torch_dtype = TORCH[dtype]
-    batch, tokens, q_heads, kv_heads, dim, capacity, past = 2, 3, 6, 2, 32, 11, 4
+    batch, tokens, q_heads, kv_heads, dim, capacity, past = 2, 3, 18, 2, 32, 11, 4
     total = (q_heads + 2 * kv_heads) * dim
     qkv = torch.randn(batch, tokens, total).to(torch_dtype)
     before = qkv.clone()

@@ -83,6 +83,15 @@ def test_top_k(emulated: Any, dtype: DType, rows: int, columns: int, k: int) -> 
     assert torch.equal(indices, order.indices[:, :k])
 
 
+def test_top_k_schedules(emulated: Any) -> None:
+    for seed in range(12):
+        emulated.configure(seed)
+        x = torch.randn(1, 400)
+        assert torch.equal(
+            top_k(emulated, x, DType.F32, 64)[1], x.sort(descending=True).indices[:, :64]
+        )
+
+
 def test_ties_zeros_and_nan(emulated: Any) -> None:
     emulated.configure(seed=1)
     x = torch.full((1, 5000), -3.0)

@@ -191,6 +191,14 @@ def test_wgmma_epilogue(emulated: Any, dtype: DType) -> None:
     Case(100, 264, 300, dtype=dtype, modality="mask", bits=8).run(emulated, LinearKernel.WGMMA)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_wgmma_tiles_of_one_block(emulated: Any, seed: int) -> None:
+    """A persistent block goes through many short tiles: nothing of one may leak into the next."""
+    emulated.configure(seed=seed, sms=1)
+    case = Case(520, 320, 130, modality="mask", bias=True, seed=seed)
+    case.run(emulated, LinearKernel.WGMMA)
+
+
 def test_residual_in_place(emulated: Any) -> None:
     emulated.configure(seed=1)
     case = Case(5, 64, 128, residual=True)

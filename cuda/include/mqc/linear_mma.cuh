@@ -29,15 +29,12 @@ struct MmaShape {
   static constexpr int kBlocks = kTokens <= 64 ? 2 : 1;  // blocks a multiprocessor should hold
   static_assert(kChannels % kTileChannels == 0, "a block takes whole weight tiles");
 
-  template <class T> MQC_HD static constexpr int stage_area() {
-    const int stages = kStages * kStageBytes;
-    const int output = kTokens * kStagePitch<T, kChannels> * static_cast<int>(sizeof(T));
-    const int sums = (kWarpsK - 1) * kWarpsOutput * kSums * 32 * 4;
-    const int most = stages > output ? stages : output;
-    return most > sums ? most : sums;
-  }
+  static constexpr int kOutputBytes = kTokens * kStagePitch<kChannels> * 4;
+  static constexpr int kSumBytes = (kWarpsK - 1) * kWarpsOutput * kSums * 32 * 4;
+  static constexpr int kLarger = kOutputBytes > kSumBytes ? kOutputBytes : kSumBytes;
+  static constexpr int kArea = kStages * kStageBytes > kLarger ? kStages * kStageBytes : kLarger;
   // Behind the stages: activation scales by token, and the flag of the last block.
-  template <class T> MQC_HD static constexpr int shared_bytes() { return stage_area<T>() + kTokens * 4 + 16; }
+  static constexpr int kSharedBytes = kArea + kTokens * 4 + 16;
 };
 
 // Starts the copies of input tiles `tile`, tile + 1, .. (kWarpsK of them) to a stage.
@@ -146,7 +143,7 @@ MQC_D bool mma_reduce_blocks(const LinearParams& p, int32_t (&sums)[Shape::kI][S
 }
 
 // Grid: (channel blocks, token blocks, split_k).
-template <class Shape, class T>
+template <class Shape>
 MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT LinearParams p) {
   const int thread = gpu::thread_index(), lane = thread % 32, warp = thread / 32;
   const int warp_k = warp / Shape::kWarpsOutput, warp_output = warp % Shape::kWarpsOutput;
@@ -183,7 +180,7 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
                         stage + Shape::kWarpsK * Shape::kWeightBytes + warp_k * Shape::kTokenBytes, warp_channel,
                         warp_token, lane);
   }
-  auto* scales = reinterpret_cast<float*>(shared + Shape::template stage_area<T>());
+  auto* scales = reinterpret_cast<float*>(shared + Shape::kArea);
   static_assert(Shape::kTokens <= Shape::kThreads, "a thread a token");
   if (thread < Shape::kTokens) scales[thread] = token_scale(p, first_token + thread);
   gpu::copy_async_wait<0>();
@@ -217,16 +214,20 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
     if (!mma_reduce_blocks<Shape>(p, sums, tile, split, warp_k == 0, thread, flag)) return;
   }
 
-  constexpr int kPitch = kStagePitch<T, Shape::kChannels>;
-  T* output = reinterpret_cast<T*>(shared);
-  const int channel = first_channel_tile * kTileChannels;
+  constexpr int kPitch = kStagePitch<Shape::kChannels>;
+  auto* output = reinterpret_cast<int32_t*>(shared);
   if (warp_k == 0) {
-    const int channel_local = warp_channel * Shape::kI * 16, token_local = warp_token * Shape::kJ * 8;
-    stage_fragments<T, Shape::kBits, kPitch>(p, sums, output, scales, channel + channel_local,
-                                             first_token + token_local, channel_local, token_local, lane);
+    MQC_UNROLL
+    for (int i = 0; i < Shape::kI; ++i) {
+      MQC_UNROLL
+      for (int j = 0; j < Shape::kJ; ++j)
+        stage_fragment<kPitch>(sums[i][j], output, (warp_channel * Shape::kI + i) * 16,
+                               (warp_token * Shape::kJ + j) * 8, lane);
+    }
   }
   gpu::sync_block();
-  write_rows<T, kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads>(p, output, channel, first_token, thread);
+  write_rows<kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads>(
+      p, output, scales, weight_unit<Shape::kBits>(), first_channel_tile * kTileChannels, first_token, thread);
 }
 
 // The shapes that are built, by mqc_linear_kernel 1..5. Decode shapes take 8 warps for 64 channels,

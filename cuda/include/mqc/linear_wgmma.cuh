@@ -13,7 +13,7 @@ namespace mqc {
 
 constexpr int kMaxSharedBytes = 232448;  // a block of sm_90
 
-template <int kBits_, class T> struct WgmmaShape {
+template <int kBits_> struct WgmmaShape {
   static constexpr int kBits = kBits_;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -24,8 +24,8 @@ template <int kBits_, class T> struct WgmmaShape {
   static constexpr int kTokenBytes = kTokens * kTileInputs;
   static constexpr int kStageBytes = kTokenBytes + kTiles * kTileBytes<kBits>;
   static constexpr int kOutputTokens = 64;  // rows of y staged at a time
-  static constexpr int kPitch = kStagePitch<T, kTileChannels>;
-  static constexpr int kOutputBytes = kOutputTokens * kPitch * static_cast<int>(sizeof(T));
+  static constexpr int kPitch = kStagePitch<kTileChannels>;
+  static constexpr int kOutputBytes = kOutputTokens * kPitch * 4;
   static constexpr int kOtherBytes = 1024 + kConsumers * (kOutputBytes + kTokens * 4) + 128;  // alignment, barriers
   static constexpr int kFit = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kFit < 5 ? kFit : 5;
@@ -56,11 +56,11 @@ template <int kBits> MQC_D void wgmma_load_fragments(uint32_t (&a)[4][4], uint32
 }
 
 // Grid: as many blocks as multiprocessors; dynamic shared memory Shape::kSharedBytes.
-template <int kBits, class T>
-MQC_KERNEL((WgmmaShape<kBits, T>::kThreads), 1)
+template <int kBits>
+MQC_KERNEL(WgmmaShape<kBits>::kThreads, 1)
 linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::TensorMap x_map) {
 #if MQC_SM90A
-  using Shape = WgmmaShape<kBits, T>;
+  using Shape = WgmmaShape<kBits>;
   const int thread = gpu::thread_index(), group = thread / 128;
   uint8_t* shared = gpu::shared_memory();
   const uint32_t unaligned = gpu::shared_address(shared);
@@ -110,7 +110,7 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
   } else {
     gpu::registers_claim<232>();
     const int consumer = group - 1, local = thread % 128, lane = thread % 32, warp = local / 32;
-    T* output = reinterpret_cast<T*>(behind + consumer * Shape::kOutputBytes);
+    auto* output = reinterpret_cast<int32_t*>(behind + consumer * Shape::kOutputBytes);
     auto* scales = reinterpret_cast<float*>(behind + Shape::kConsumers * Shape::kOutputBytes) + consumer * Shape::kTokens;
     int stage = 0;
     uint32_t parity = 0;
@@ -148,7 +148,7 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
       for (int m = 0; m < Shape::kM; ++m) gpu::wgmma_hold(sums[m]);
 
       const int token = at.token * Shape::kTokens;
-      // All passed a barrier after they read the scales of the previous tile.
+      gpu::sync_named(1 + consumer, 128);  // nobody reads the scales of the previous tile any more
       scales[local] = token_scale(p, token + local);
       MQC_UNROLL
       for (int m = 0; m < Shape::kM; ++m) {
@@ -156,14 +156,13 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
         MQC_UNROLL
         for (int half = 0; half < 2; ++half) {
           constexpr int kHalf = Shape::kOutputTokens;
-          int32_t part[1][8][4];
-          MQC_UNROLL
-          for (int i = 0; i < 32; ++i) part[0][i / 4][i % 4] = sums[m][32 * half + i];
           gpu::sync_named(1 + consumer, 128);  // the buffer is free, the scales are complete
-          stage_fragments<T, kBits, Shape::kPitch>(p, part, output, scales + kHalf * half, channel + 16 * warp,
-                                                   token + kHalf * half, 16 * warp, 0, lane);
+          MQC_UNROLL
+          for (int j = 0; j < kHalf / 8; ++j)
+            stage_fragment<Shape::kPitch>(sums[m] + (kHalf / 8 * half + j) * 4, output, 16 * warp, 8 * j, lane);
           gpu::sync_named(1 + consumer, 128);
-          write_rows<T, Shape::kPitch, kTileChannels, kHalf, 128>(p, output, channel, token + kHalf * half, local);
+          write_rows<Shape::kPitch, kTileChannels, kHalf, 128>(p, output, scales + kHalf * half, weight_unit<kBits>(),
+                                                              channel, token + kHalf * half, local);
         }
       }
     }

@@ -1,0 +1,150 @@
+"""The library as nvcc builds it: no spills, no serialised wgmma, the instructions it is for.
+
+Needs nvcc; the look into the machine code also needs cuobjdump and nvdisasm (in CUDA's toolkit, or
+in triton's wheel under triton/backends/nvidia/bin; name their folder with MQC_CUDA_TOOLS).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from mqc.cuda import build as building
+from mqc.cuda.library import ABI_VERSION, STRUCTS
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "cuda"
+PERFORMANCE_WARNINGS = re.compile(r"C7508|C7510|C7511|C7512|C7514|warning", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The library, built where it is older than its sources."""
+    if building.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    return building.build(WORK / "libmqc_cuda.so", WORK)
+
+
+@pytest.mark.slow
+def test_all_kernels_are_built_for_three_architectures(library: Path) -> None:
+    by_name = defaultdict(set)
+    for report in building.reports(WORK):
+        by_name[report.name].add(report.architecture)
+    assert len(by_name) > 60
+    for name, architectures in by_name.items():
+        assert architectures == set(building.ARCHITECTURES), name
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(library: Path) -> None:
+    spilling = [r for r in building.reports(WORK) if r.spill_bytes or r.stack_bytes]
+    assert not spilling
+    for report in building.reports(WORK):
+        if "linear_wgmma" in report.name and report.architecture == "90a":
+            # setmaxnreg shares 168 registers a thread; another cap would let it be ignored.
+            assert report.registers == 168
+
+
+@pytest.mark.slow
+def test_no_warning(library: Path) -> None:
+    for log in WORK.glob("*.log"):
+        found = [ln for ln in log.read_text().splitlines() if PERFORMANCE_WARNINGS.search(ln)]
+        assert not found, f"{log.name}: {found[:5]}"
+
+
+@pytest.mark.slow
+def test_symbols(library: Path) -> None:
+    """Exported: the C ABI alone. Needed: libc and what belongs to it."""
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no binutils")
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    exported = {
+        ln.split()[-1] for ln in output("nm", "-D", "--defined-only", str(library)).splitlines()
+    }
+    header = (ROOT / "cuda/include/mqc_cuda.h").read_text()
+    assert exported == set(re.findall(r"^MQC_API [^(]*?(mqc_\w+)\(", header, re.MULTILINE))
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", str(library)))
+    allowed = {"libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0"}
+    assert set(needed) <= allowed | {"ld-linux-x86-64.so.2"}
+    undefined = output("nm", "-D", "--undefined-only", str(library))
+    assert not re.search(r"torch|c10|at::|Ort|Py_|cudnn|cublas", undefined)
+
+
+@pytest.mark.slow
+def test_the_library_loads_without_a_gpu(library: Path) -> None:
+    from mqc.cuda.library import KernelError, Library, LinearArgs
+
+    loaded = Library(library)
+    assert loaded.native.mqc_abi_version() == ABI_VERSION and STRUCTS
+    # Checks come before the device is looked at.
+    with pytest.raises(KernelError, match="layout 7 is unknown"):
+        loaded.launch("linear", LinearArgs(layout=7))
+
+
+def cuda_tools() -> Path | None:
+    """Folder with cuobjdump and nvdisasm."""
+    folders = [
+        os.environ.get("MQC_CUDA_TOOLS", ""),
+        str(Path(shutil.which("cuobjdump") or "").parent),
+    ]
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin:
+        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    for folder in filter(None, folders):
+        if all(os.access(f"{folder}/{tool}", os.X_OK) for tool in ("cuobjdump", "nvdisasm")):
+            return Path(folder)
+    return None
+
+
+@pytest.fixture(scope="module")
+def machine_code(library: Path) -> dict[tuple[str, str], str]:
+    """SASS by (architecture, function)."""
+    tools = cuda_tools()
+    if tools is None:
+        pytest.skip("no cuobjdump and nvdisasm: set MQC_CUDA_TOOLS")
+    env = dict(os.environ, PATH=f"{tools}:{os.environ['PATH']}")
+    command = [str(tools / "cuobjdump"), "--dump-sass", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    code: dict[tuple[str, str], str] = {}
+    architecture = function = ""
+    for part in re.split(r"(?=\n\tcode for sm_\w+|\n\t\tFunction : )", text):
+        if found := re.match(r"\n\tcode for sm_(\w+)", part):
+            architecture = found[1]
+        elif found := re.match(r"\n\t\tFunction : (\S+)", part):
+            function = found[1]
+            code[architecture, function] = part
+    assert code
+    return code
+
+
+@pytest.mark.slow
+def test_instructions(machine_code: dict[tuple[str, str], str]) -> None:
+    wanted = {
+        "linear_mma_kernel": ["IMMA.16832.S8.S8", "LDGSTS", "LDSM.16.M88.4"],
+        "attention_kernel": ["HMMA.16816.F32", "LDGSTS", "LDSM.16.M88.4", "LDSM.16.MT88.4"],
+    }
+    for (architecture, function), text in machine_code.items():
+        for part, instructions in wanted.items():
+            if part in function:
+                for instruction in instructions:
+                    assert instruction in text, f"{instruction} in {function} for sm_{architecture}"
+        if "linear_wgmma_kernel" in function and architecture == "90a":
+            for instruction in ("IGMMA.64x128x32.S8.S8", "UTMALDG.2D", "UBLKCP", "USETMAXREG"):
+                assert instruction in text, f"{instruction} in {function}"
+            # 32 products a stage: 2 tiles of channels, 4 steps, unrolled once
+            assert text.count("IGMMA.64x128x32") == 8
+        if "activation_kernel" in function and not function.endswith(
+            "Li0EEEvNS_16ActivationParamsE"
+        ):
+            assert "HMMA.16816.F32" in text, function
+        assert "LDL" not in text and "STL" not in text, f"{function} uses local memory"

@@ -1,0 +1,144 @@
+"""Operands of one linear with its expected result, computed with float64 products (exact)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqc.cuda.library import Library, LinearArgs, LinearKernel, Modality
+from mqc.cuda.pack import Layout, pack_weight
+from tools.gpu_check.common import DTYPES, stream_of, workspace
+
+POISON = 0x7F7F  # bf16 3.4e38, f16 NaN: no result looks like it
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which optional operands a case has."""
+
+    bits: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    modality: Modality = Modality.NONE
+    bias: bool = False
+    split: bool = False
+    residual: bool = False
+    extreme: bool = False
+
+
+class LinearCase:
+    """Random operands of y = linear(x), on a device.
+
+    Args:
+        rows, n, k: sizes; rows is even for the count form of the modality.
+        options: optional operands; `extreme` makes every product -8 (or -127) times -127.
+        generator: of the device.
+    """
+
+    def __init__(
+        self, rows: int, n: int, k: int, options: Options, generator: torch.Generator
+    ) -> None:
+        device = generator.device
+        self.shape, self.options, self.device = (rows, n, k), options, device
+        low, high = (-8, 8) if options.bits == 4 else (-127, 128)
+
+        def integers(low: int, high: int, *size: int) -> Tensor:
+            kind = {"dtype": torch.int8, "device": device, "generator": generator}
+            return torch.randint(low, high, size, **kind)
+
+        def real(*size: int) -> Tensor:
+            return torch.randn(size, device=device, generator=generator)
+
+        self.q = integers(low, high, n, k)
+        self.x = integers(-127, 128, rows, -(-k // 16) * 16)
+        if options.extreme:
+            self.q.fill_(low)
+            self.x.fill_(-127)
+        self.layout = Layout.W4_64X128 if options.bits == 4 else Layout.W8_64X128
+        self.w = pack_weight(self.q, self.layout)
+        self.w_scale = real(n).abs() * 1e-3 + 1e-4
+        self.x_scale = real(2).abs() * 1e-2 + 1e-3
+        visual = torch.zeros(rows, dtype=torch.long, device=device)
+        self.modality: Tensor | None = None
+        self.per_sequence = rows
+        if options.modality == Modality.MASK:
+            visual = torch.randint(0, 2, (rows,), device=device, generator=generator)
+            self.modality = visual.to(torch.uint8)
+        elif options.modality == Modality.COUNT:
+            self.modality = torch.tensor([rows * 2 // 3], device=device)
+            visual = (torch.arange(rows, device=device) < self.modality).long()
+        self.visual = visual
+        self.bias = real(n) if options.bias else None
+        self.x_split = real(rows, 1).to(options.dtype) if options.split else None
+        self.w_split = real(n, 1) if options.split else None
+        self.residual = real(rows, n).to(options.dtype) if options.residual else None
+
+    def expected(self) -> Tensor:
+        """y [rows, n], rounded where the kernels round."""
+        rows, _, k = self.shape
+        y = torch.empty(rows, self.q.shape[0], dtype=torch.float32, device=self.device)
+        wide = self.q.double().T
+        for start in range(0, rows, 1024):
+            part = slice(start, start + 1024)
+            y[part] = (self.x[part, :k].double() @ wide).float()
+        y = y * self.w_scale
+        y = y * self.x_scale[self.visual][:, None]
+        if self.bias is not None:
+            y = y + self.bias
+        if self.x_split is not None and self.w_split is not None:
+            y = y + self.x_split.float() * self.w_split.T
+        out = y.to(self.options.dtype)
+        return out if self.residual is None else out + self.residual
+
+    def arguments(self, y: Tensor, w: Tensor | None = None) -> LinearArgs:
+        """The call's struct, without kernel, split and workspace; `w`: another packed copy."""
+        rows, n, k = self.shape
+
+        def address(tensor: Tensor | None) -> int | None:
+            return None if tensor is None else tensor.data_ptr()
+
+        return LinearArgs(
+            layout=self.layout,
+            dtype=DTYPES[self.options.dtype],
+            modality_kind=self.options.modality,
+            split_columns=0 if self.x_split is None else 1,
+            rows=rows,
+            n=n,
+            k=k,
+            rows_per_sequence=self.per_sequence,
+            x_stride=self.x.stride(0),
+            y_stride=y.stride(0),
+            residual_stride=n,
+            x_split_stride=1,
+            x=address(self.x),
+            w=address(self.w if w is None else w),
+            w_scale=address(self.w_scale),
+            x_scale=address(self.x_scale),
+            modality=address(self.modality),
+            bias=address(self.bias),
+            x_split=address(self.x_split),
+            w_split=address(self.w_split),
+            residual=address(self.residual),
+            y=address(y),
+        )
+
+    def mismatches(
+        self, library: Library, kernel: LinearKernel, split_k: int, want: Tensor, repeats: int = 2
+    ) -> int:
+        """Values that differ from `want`, or were touched outside of y, over some runs."""
+        rows, n, _ = self.shape
+        pad = 8
+        buffer = torch.empty(rows + 1, n + pad, dtype=self.options.dtype, device=self.device)
+        bits = buffer.view(torch.int32 if buffer.element_size() == 4 else torch.int16)
+        arguments = self.arguments(buffer)
+        arguments.kernel, arguments.split_k = kernel, split_k
+        area = workspace(library.workspace("linear", arguments), self.device)
+        arguments.workspace, arguments.workspace_bytes = area.data_ptr(), area.numel()
+        wrong = 0
+        for _ in range(repeats):
+            bits.fill_(POISON)
+            library.launch("linear", arguments, stream_of(self.device))
+            wrong += int((buffer[:rows, :n] != want).sum())
+            wrong += int((bits[rows:] != POISON).sum() + (bits[:rows, n:] != POISON).sum())
+        return wrong

@@ -1,0 +1,76 @@
+"""Bit-exact sweep of the linears over shapes, rows, kernels and optional operands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mqc.cuda.library import Library, LinearKernel, Modality
+from tools.gpu_check.common import Recorder, synchronize
+from tools.gpu_check.linear_case import LinearCase, Options
+
+# Qwen2-VL-7B: qkv, o, gate and up, down; its vision tower: qkv, proj, fc1, fc2; an odd one.
+SHAPES = (
+    (4608, 3584),
+    (3584, 3584),
+    (37888, 3584),
+    (3584, 18944),
+    (3840, 1280),
+    (1280, 1280),
+    (5120, 1280),
+    (1280, 5120),
+    (1000, 1176),
+)
+ROWS = (1, 3, 16, 64, 128, 1000, 4096)
+VARIANTS = (
+    Options(),
+    Options(bias=True, modality=Modality.MASK, dtype=torch.float16),
+    Options(residual=True, split=True, modality=Modality.COUNT),
+    Options(bias=True, residual=True, split=True, dtype=torch.float32),
+)
+TOKENS = {
+    LinearKernel.MMA_8: 8,
+    LinearKernel.MMA_16: 16,
+    LinearKernel.MMA_32: 32,
+    LinearKernel.MMA_64: 64,
+    LinearKernel.MMA_128: 128,
+}
+
+
+def kernels_for(rows: int, architecture: int, wgmma: bool) -> list[LinearKernel]:
+    """Kernels worth checking at a number of rows: AUTO, and those whose tiles fit it."""
+    if wgmma:
+        return [LinearKernel.WGMMA] if architecture == 90 else []
+    return [LinearKernel.AUTO] + [k for k, t in TOKENS.items() if t >= rows / 4 and t <= 16 * rows]
+
+
+def run(
+    library: Library,
+    recorder: Recorder,
+    generator: torch.Generator,
+    *,
+    architecture: int,
+    wgmma: bool,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rows: Sequence[int] = ROWS,
+) -> None:
+    """Check every shape, number of rows and kernel; the variants take turns."""
+    turn: Iterator[Options] = itertools.cycle(VARIANTS)
+    for (n, k), m, bits in itertools.product(shapes, rows, (4, 8)):
+        kernels = kernels_for(m, architecture, wgmma)
+        options = next(turn)
+        for extreme in (False, True) if m <= 16 or wgmma else (False,):
+            chosen = Options(**(vars(options) | {"bits": bits, "extreme": extreme}))
+            name = f"{m} x {n} x {k} w{bits} {chosen.dtype} {'extreme' if extreme else 'random'}"
+            if not recorder.start(name):
+                return
+            case = LinearCase(m, n, k, chosen, generator)
+            want = case.expected()
+            for kernel in kernels:
+                splits = (0, 3) if kernel not in (LinearKernel.AUTO, LinearKernel.WGMMA) else (0,)
+                for split in splits:
+                    wrong = case.mismatches(library, kernel, split, want)
+                    synchronize(case.device)
+                    recorder.add(case=name, kernel=kernel.name, split_k=split, wrong=wrong)
