@@ -143,7 +143,7 @@ def compile(  # noqa: A001  (mqc.compile)
         writer.describe(
             target=backend.name,
             scheme=plan.to_json(),
-            history=program.history,
+            history=lowered.history,
             facts=lowered.facts,
             calibration=provenance,
         )

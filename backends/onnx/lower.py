@@ -16,15 +16,21 @@ from torch import fx
 import mqc.ops  # noqa: F401  (registers the operators)
 from mqc.analysis.heads import unrepeated
 from mqc.errors import TargetError
-from mqc.ir import SCALAR, Component, Port, Program, TensorType
+from mqc.ir import SCALAR, TUPLE, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
 from mqc.ir.params import Loader, ParamStore
 
 aten = torch.ops.aten
 
 _INTEGER_LINEARS = (torch.ops.mqc.linear_w4a8.default, torch.ops.mqc.linear_w8a8.default)
+_QUANTIZERS: dict[Any, tuple[int, int]] = {
+    torch.ops.mqc.quantize_static.default: (2, 3),
+    torch.ops.mqc.rms_norm_quantize.default: (3, 5),
+    torch.ops.mqc.activation_quantize.default: (5, 7),
+}
+"""Operators that quantize -> positions of their arguments ``modality`` and ``unsigned``."""
 _MODALITY_READERS: dict[Any, int] = {
-    torch.ops.mqc.quantize_static.default: 2,
+    **{target: place for target, (place, _) in _QUANTIZERS.items()},
     **dict.fromkeys(_INTEGER_LINEARS, 4),
 }
 """Operator -> position of its argument ``modality``."""
@@ -54,17 +60,19 @@ def lower(program: Program) -> tuple[Program, dict[str, int]]:
 
 
 def _unsigned_activations(component: Component) -> int:
-    """Let every ``quantize_static`` give uint8 with zero point 128."""
+    """Let every operator that quantizes give uint8 with zero point 128."""
     count = 0
     for node in component.graph.nodes:
-        if node.op != "call_function" or str(node.target) != "mqc.quantize_static.default":
+        if node.op != "call_function" or node.target not in _QUANTIZERS:
             continue
-        args = [*node.args, *[None] * (3 - len(node.args))][:3]
+        place = _QUANTIZERS[node.target][1]
+        args = [*node.args, *[None] * (place - len(node.args))][:place]
         node.args = (*args, True)
         node.kwargs = {key: v for key, v in node.kwargs.items() if key != "unsigned"}
-        kinds = [node, *_views_of(node)]
-        for value in kinds:
-            value.meta["type"] = tensor_type(value).with_dtype(torch.uint8)
+        several = node.meta["type"] == TUPLE
+        for made in [user for user in node.users if user.args[1] == 0] if several else [node]:
+            for value in [made, *_views_of(made)]:
+                value.meta["type"] = tensor_type(value).with_dtype(torch.uint8)
         count += 1
     values = component.output_node.args[0]
     assert isinstance(values, (tuple, list))
@@ -99,7 +107,7 @@ def _batch_products(component: Component) -> int:
         if node.target not in _INTEGER_LINEARS or tensor_type(node).rank != 2:
             continue
         args = list(node.args)
-        for index in (0, 6):  # xq, x_split
+        for index in (0, 6, 8):  # xq, x_split, residual
             value = args[index] if index < len(args) else None
             if value is not None:
                 kind = tensor_type(value)

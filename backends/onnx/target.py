@@ -23,15 +23,21 @@ class OnnxTarget:
     Args:
         threads: threads of an onnxruntime session; None takes torch's number.
         provider: "cpu", or "cuda" where onnxruntime-gpu and a device are present.
+        buffers: let decoders take caches of fixed capacity (pass fuse-attention), which a native
+            library fills in place. Without a library they grow as without this; the body of
+            attention costs about 25 microseconds a layer and call more there.
     """
 
     name = "onnx"
     dialect = "quantized"
     description = "ONNX files for onnxruntime; integer results equal the reference's bit by bit"
 
-    def __init__(self, threads: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self, threads: int | None = None, provider: str = "cpu", buffers: bool = True
+    ) -> None:
         self.threads = threads
         self.provider = provider
+        self.buffers = buffers
 
     def available(self) -> str | None:
         """None, or what has to be installed. Emitting needs no onnxruntime; running does."""
@@ -41,10 +47,11 @@ class OnnxTarget:
         return None
 
     def lower(self, program: Program) -> Program:
-        """A copy with unsigned activations and weights laid out as onnxruntime wants them."""
+        """A copy with fused operators, unsigned activations and weights as onnxruntime wants."""
         from mqc.backends.onnx.lower import lower
+        from mqc.passes.lowering import fuse
 
-        return lower(program)[0]
+        return lower(fuse(program, () if self.buffers else ("fuse-attention",)))[0]
 
     def emit(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ OPSET = 21
 class Body:
     """Collects the nodes of one function; values are named in order of creation."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "v") -> None:
         self.nodes: list[onnx.NodeProto] = []
+        self._prefix = prefix
 
     def __call__(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Append a node with one output; returns the output's name."""
-        output = f"v{len(self.nodes)}_{op_type.lower()}"
+        output = f"{self._prefix}{len(self.nodes)}_{op_type.lower()}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         return output
 
@@ -39,6 +40,53 @@ class Body:
         result = self("Constant")
         self.nodes[-1].attribute.append(value)
         return result
+
+    def choose(
+        self, condition: str, then: Callable[[Body], str], other: Callable[[Body], str]
+    ) -> str:
+        """A float value made in one of two ways; only the one chosen is computed.
+
+        ``condition``: bool of one element. The writers may use all values made so far.
+        """
+        branches = {}
+        for name, write in (("then_branch", then), ("else_branch", other)):
+            inner = Body(f"{self._prefix}{len(self.nodes)}{name[0]}_")
+            made = write(inner)
+            info = helper.make_tensor_value_info(made, onnx.TensorProto.FLOAT, None)
+            branches[name] = helper.make_graph(inner.nodes, name, [], [info])
+        return self("If", condition, **branches)
+
+    def scan(
+        self,
+        state: str,
+        values: Sequence[str],
+        axis: int,
+        step: Callable[[Body, str, Sequence[str]], tuple[str, str]],
+    ) -> tuple[str, str]:
+        """A recurrence along ``axis`` of float ``values``; returns (last state, all results).
+
+        ``step`` writes one step: from the state and the values' slices to (state, result).
+        """
+        inner = Body(f"{self._prefix}{len(self.nodes)}s_")
+        names = [f"{inner._prefix}in_{name}" for name in (state, *values)]
+        made = step(inner, names[0], names[1:])
+
+        def info(name: str) -> onnx.ValueInfoProto:
+            return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+
+        graph = helper.make_graph(inner.nodes, "step", [*map(info, names)], [*map(info, made)])
+        outputs = [f"{self._prefix}{len(self.nodes)}_{name}" for name in ("state", "scan")]
+        node = helper.make_node(
+            "Scan",
+            [state, *values],
+            outputs,
+            num_scan_inputs=len(values),
+            scan_input_axes=[axis] * len(values),
+            scan_output_axes=[axis],
+            body=graph,
+        )
+        self.nodes.append(node)
+        return outputs[0], outputs[1]
 
     def axes(self, *values: int) -> str:
         """An int64 list, as shapes and axes inputs take it."""
@@ -62,8 +110,13 @@ class Body:
         attributes: Sequence[str],
     ) -> onnx.FunctionProto:
         """The finished function of domain `ai.mqc`: its ``outputs`` are the values ``results``."""
-        pairs = zip(results, outputs, strict=True)
-        nodes = [*self.nodes, *(helper.make_node("Identity", [old], [new]) for old, new in pairs)]
+        nodes = list(self.nodes)
+        made = {name for node in nodes for name in node.output}
+        for old, new in zip(results, outputs, strict=True):
+            if old in made:  # an Identity would be a copy where a graph's output is read, too
+                _rename(nodes, old, new)
+            else:
+                nodes.append(helper.make_node("Identity", [old], [new]))
         return helper.make_function(
             DOMAIN,
             op_type,
@@ -73,3 +126,15 @@ class Body:
             [helper.make_opsetid("", OPSET)],
             list(attributes),
         )
+
+
+def _rename(nodes: Sequence[onnx.NodeProto], old: str, new: str) -> None:
+    """Call a value ``new`` wherever it is made or read, in branches too."""
+    for node in nodes:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g.node, old, new)

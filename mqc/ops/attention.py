@@ -204,12 +204,20 @@ def _rotate_body(body: Body, x: str, flags: Sequence[str]) -> str:
     return y
 
 
+def _stop(body: Body) -> str:
+    return body("Add", "past", body.dim("q", 1))
+
+
 def _append_body(body: Body, cache: str, new: str) -> str:
-    """The cache with the new rows; it grows where it has no rows left."""
-    stop = body("Add", "past", body.dim("q", 1))
-    head = _slice(body, cache, body.axes(0), "past", 2)
-    tail = _slice(body, cache, stop, _end(body), 2)
-    return body("Concat", head, new, tail, axis=2)
+    """The cache with the new rows: one longer than the past, or a buffer with rows replaced."""
+
+    def inside(inner: Body) -> str:
+        head = _slice(inner, cache, inner.axes(0), "past", 2)
+        tail = _slice(inner, cache, _stop(inner), _end(inner), 2)
+        return inner("Concat", head, new, tail, axis=2)
+
+    full = body("Equal", "past", body.dim(cache, 2))
+    return body.choose(full, lambda inner: inner("Concat", cache, new, axis=2), inside)
 
 
 def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
@@ -235,22 +243,32 @@ def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
     width = body.dim(keys, 3)
     stacked = body("Reshape", scaled, body("Concat", zero, groups, minus_one, width, axis=0))
     scores = body("MatMul", stacked, body("Transpose", keys, perm=[0, 1, 3, 2]))
-    scores = body("Add", scores, _mask_body(body, keys, body("Div", heads, groups)))
+    scores = _masked_body(body, scores, keys, body("Div", heads, groups))
     out = body("MatMul", body("Softmax", scores, axis=-1), values)
     shape = body("Concat", zero, heads, minus_one, body.dim(values, 3), axis=0)
     rows = body("Transpose", body("Reshape", out, shape), perm=swap)
     return body("Reshape", rows, body.axes(0, 0, -1)), keys, values
 
 
-def _mask_body(body: Body, keys: str, repeats: str) -> str:
-    """The mask as numbers to add, [B, 1, repeats * S, rows of the cache]."""
+def _masked_body(body: Body, scores: str, keys: str, repeats: str) -> str:
+    """``scores`` [B, Hkv, repeats * S, rows of the cache], low where the mask forbids.
+
+    The numbers to add are made of common inputs alone, so onnxruntime makes them once for all
+    layers; they are padded where the cache has more rows than there are keys.
+    """
     allowed = body("Where", "mask", body.constant(np.float32(0)), body.constant(FORBIDDEN))
-    stop = body("Add", "past", body.dim("q", 1))
-    known = _slice(body, allowed, body.axes(0), stop, 3)
-    more = body("Sub", body.dim(keys, 2), stop)
-    pads = body("Concat", body.axes(0, 0, 0, 0, 0, 0, 0), more, axis=0)
-    padded = body("Pad", known, pads, body.constant(FORBIDDEN))
-    return body("Tile", padded, body("Concat", body.axes(1, 1), repeats, body.axes(1), axis=0))
+    times = body("Concat", body.axes(1, 1), repeats, body.axes(1), axis=0)
+    mask = body("Tile", allowed, times)
+
+    def padded(inner: Body) -> str:
+        stop = _stop(inner)
+        known = _slice(inner, mask, inner.axes(0), stop, 3)
+        more = inner("Sub", inner.dim(keys, 2), stop)
+        pads = inner("Concat", inner.axes(0, 0, 0, 0, 0, 0, 0), more, axis=0)
+        return inner("Add", scores, inner("Pad", known, pads, inner.constant(FORBIDDEN)))
+
+    exact = body("Equal", body.dim(keys, 2), _stop(body))
+    return body.choose(exact, lambda inner: inner("Add", scores, mask), padded)
 
 
 OP = register(
