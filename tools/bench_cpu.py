@@ -167,7 +167,7 @@ def main() -> None:
     fresh: dict[str, Any] = {}
     for part in options.part:
         if part == LINEARS:
-            rates = machine.ceilings(KERNELS, [1, 2])
+            rates = machine.ceilings(KERNELS, "amx" if options.amx else "avx512vnni", [1, 2])
             results.setdefault("ceilings", {})[mode] = rates
         fresh[part] = run_part(part, options)
         report.merge(results, part, mode, fresh[part])

@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,10 @@ def describe() -> dict[str, Any]:
     }
 
 
-def ceilings(library: Path, threads: list[int]) -> list[dict[str, float]]:
-    """The dot product out of registers, and a read of 1 GB, by threads; best of five.
+def ceilings(library: Path, isa: str, threads: list[int]) -> list[dict[str, Any]]:
+    """Dot products of ``isa`` out of registers (median of five), a read of 1 GB (best of five).
 
-    Empty where the kernel library was not built.
+    Empty where the kernel library was not built, or not for this instruction set.
     """
     if not library.is_file():
         return []
@@ -46,12 +48,11 @@ def ceilings(library: Path, threads: list[int]) -> list[dict[str, float]]:
     native = ctypes.CDLL(str(library))
     native.mqc_probe_dot.restype = ctypes.c_double
     native.mqc_probe_read.restype = ctypes.c_uint64
-    import time
-    from concurrent.futures import ThreadPoolExecutor
-
+    if native.mqc_set_isa(isa.encode()) < 0:
+        return []
     memory = np.ones(1 << 30, np.uint8)
     address = memory.ctypes.data_as(ctypes.c_void_p)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in threads:
         with ThreadPoolExecutor(count) as pool:
 
@@ -67,7 +68,8 @@ def ceilings(library: Path, threads: list[int]) -> list[dict[str, float]]:
         rows.append(
             {
                 "threads": count,
-                "vnni_gops": statistics.median(dots) / 1e9,
+                "isa": isa,
+                "gops": statistics.median(dots) / 1e9,
                 "read_gb_per_s": max(reads) / 1e9,
             }
         )

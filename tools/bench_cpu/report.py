@@ -142,7 +142,7 @@ def tables(results: Results) -> str:
         section: list[str] = []
         for row in results.get("ceilings", {}).get(mode, []):
             section.append(
-                f"{row['threads']} thread(s): `vpdpbusd` {row['vnni_gops']:.0f} GOP/s, "
+                f"{row['threads']} thread(s): {row['isa']} {row['gops']:.0f} GOP/s, "
                 f"read {row['read_gb_per_s']:.0f} GB/s. "
             )
         for threads in (1, 2):

@@ -43,9 +43,10 @@ class Linears:
 
         x = ops.parameter([m, k], np.float32, name="x")
         rng = np.random.default_rng(0)
-        results = []
+        results, self.weights = [], []
         for _ in range(copies):
             packed = rng.integers(0, 256, n * k // 2).astype(np.uint8)
+            self.weights.append(packed)  # OpenVINO keeps the address alone
             tensor = ov.Tensor(packed, ov.Shape([n, k // 128, 128]), ov.Type.i4)
             scale = rng.random((n, k // 128, 1)).astype(np.float16) * 0.01
             weight = ops.convert(ops.constant(tensor), "f16")
