@@ -211,7 +211,7 @@ class Kernels:
 
         callback = _PARALLEL_FOR(parallel_for)
         threads = Threads(ctypes.cast(callback, ctypes.c_void_p), None, count)
-        threads.keep = callback  # type: ignore[attr-defined]
+        threads.keep = callback
         return threads
 
     def run(self, call: Call, threads: Threads) -> None:

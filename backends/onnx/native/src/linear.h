@@ -55,8 +55,10 @@ struct Tile {
     int64_t residual_row;  // floats between rows
     float* y;
     int64_t y_row;
-    const uint8_t* ahead;  // memory wanted soon: one line for every block and 8 inputs, or null
-    int64_t ahead_block;
+    // Memory wanted soon: a line (or two) is asked for with every 8 inputs. Slowly, for a core has
+    // few fill buffers and the tile's own operands come through them too.
+    const uint8_t *ahead, *ahead_end;
+    bool ahead_twice;
     uint8_t* keep;  // where kNibbles leaves the weights unpacked, as kSmall reads them, or null
     int64_t keep_block, keep_group;  // bytes, as w_block and w_group
 };

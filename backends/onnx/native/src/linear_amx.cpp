@@ -58,7 +58,7 @@ void pack_rows(const uint8_t* x, int64_t rows, const Sizes& s, int64_t padded, u
 // Sums of one group to memory, [32][32].
 template <bool both>
 void multiply_group(const int8_t* x, int64_t rows, const uint8_t* w, const Tile& t,
-                    const uint8_t* ahead, int32_t* sums) {
+                    const uint8_t*& ahead, int32_t* sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -74,14 +74,8 @@ void multiply_group(const int8_t* x, int64_t rows, const uint8_t* w, const Tile&
             _tile_dpbsud(2, 5, 6);
             _tile_dpbsud(3, 5, 7);
         }
-        if (ahead) {
-#pragma GCC unroll 8
-            for (int line = 0; line < 8; line++) {
-                __builtin_prefetch(ahead + 64 * line);
-                __builtin_prefetch(ahead + t.ahead_block + 64 * line);
-            }
-            ahead += 512;
-        }
+        for (int line = 0; line < 8 && ahead < t.ahead_end; line++, ahead += 64)
+            __builtin_prefetch(ahead);
     }
     constexpr int stride = 2 * kBlock * 4;
     _tile_stored(0, sums, stride);
@@ -96,13 +90,9 @@ void tile(Form, const Tile& t) {
     alignas(64) int32_t sums[2 * kHalf * 2 * kBlock];
     alignas(64) float partial[2 * kHalf * 2 * kBlock];
     if (t.groups > 1) memset(partial, 0, sizeof partial);
-    for (int64_t r = 0; r < t.rows; r++) {
-        __builtin_prefetch(t.y + r * t.y_row, 1);
-        __builtin_prefetch(t.y + r * t.y_row + kBlock, 1);
-    }
+    const uint8_t* ahead = t.ahead;
     for (int64_t g = 0; g < t.groups; g++) {
         const int8_t* x = t.x + g * t.group_k * t.rows;
-        const uint8_t* ahead = t.ahead ? t.ahead + g * t.group_k * 8 : nullptr;
         if (t.rows > kHalf)
             multiply_group<true>(x, t.rows, t.w + g * t.w_group, t, ahead, sums);
         else

@@ -117,6 +117,7 @@ void tile_of(const Tile& t) {
     float partial[R][B * kBlock];
     if (t.groups > 1) memset(partial, 0, sizeof partial);
     const int8_t* x = t.x;
+    const uint8_t* ahead = t.ahead;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) __builtin_prefetch(t.y + r * t.y_row + b * kBlock, 1);
@@ -133,12 +134,11 @@ void tile_of(const Tile& t) {
         }
         const uint8_t* w = t.w + g * t.w_group;
         uint8_t* keep = form == kNibbles && t.keep ? t.keep + g * t.keep_group : nullptr;
-        const uint8_t* ahead = t.ahead ? t.ahead + g * t.w_group : nullptr;
         const int64_t stride = form == kNibbles ? 64 : 128;
         for (int64_t i = 0; i < t.group_k / 8; i++, w += stride, x += 8 * R) {
-            if (ahead) {
-#pragma GCC unroll 16
-                for (int b = 0; b < B; b++) __builtin_prefetch(ahead + b * t.ahead_block);
+            if (ahead < t.ahead_end) {
+                __builtin_prefetch(ahead);
+                if (t.ahead_twice) __builtin_prefetch(ahead += 64);
                 ahead += 64;
             }
             multiply<V, R, N, form, false>(w, t.w_block, x, sum, keep, t.keep_block);
