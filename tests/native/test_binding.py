@@ -207,9 +207,9 @@ def feeds(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) -> Va
 # ---- equal to the bodies -----------------------------------------------------------------------
 
 
-def test_tables_name_every_operator() -> None:
-    forms = {op.onnx.name for op in mqc.ops.OPS.values()}
-    assert forms - set(VARIANTS) == {"LinearW4A16", "LinearW8A16"}  # these run by their bodies
+def test_operators_of_the_library_are_operators_of_mqc() -> None:
+    """Others run by their bodies, weight-only linears for one."""
+    assert set(VARIANTS) < {op.onnx.name for op in mqc.ops.OPS.values()}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

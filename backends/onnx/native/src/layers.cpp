@@ -97,7 +97,7 @@ int64_t mqc_hadamard_block(const mqc_hadamard_plan* plan) { return plan->base * 
 
 int64_t mqc_hadamard_scratch(const mqc_hadamard_plan* plan) {
     if (plan->base == 1) return 0;
-    return (4 * plan->groups + plan->base + 16 * mqc::kTables) * mqc::kMaxTile;
+    return (16 * mqc::kTables + 2 * plan->base + 1) * mqc::kMaxTile;
 }
 
 void mqc_hadamard(const mqc_hadamard_plan* plan, const float* x, int64_t blocks, float* y,

@@ -18,13 +18,9 @@ constexpr int64_t kGroups = kTables;  // look-up tables in the first cache at a 
 // One stage inside a vector: partners at distance D (1, 2, 4, 8).
 template <int D>
 inline vf stage(vf v) {
-    vi index, minus;
-    for (int i = 0; i < kLanes; i++) {
-        index[i] = i ^ D;
-        minus[i] = i & D ? static_cast<int32_t>(0x80000000u) : 0;
-    }
-    vf partner = __builtin_shuffle(v, index);
-    return partner + reinterpret_cast<vf>(reinterpret_cast<vi>(v) ^ minus);
+    vi minus;
+    for (int i = 0; i < kLanes; i++) minus[i] = i & D ? static_cast<int32_t>(0x80000000u) : 0;
+    return swapped<D>(v) + reinterpret_cast<vf>(reinterpret_cast<vi>(v) ^ minus);
 }
 
 inline vf within(vf v) {
@@ -79,49 +75,67 @@ void butterflies(const float* x, float* y, int64_t n, float factor) {
 }
 
 // table[s] = +-r0 +-r1 +-r2 +-r3 for the signs s (bit set = minus), a tile of columns each.
-inline void fill(const float* rows, float* table) {
+inline void fill(const float* r0, const float* r1, const float* r2, const float* r3, float* table) {
     for (int64_t c = 0; c < kTile; c += kLanes) {
-        vf r0 = load(rows + c), r1 = load(rows + kTile + c);
-        vf r2 = load(rows + 2 * kTile + c), r3 = load(rows + 3 * kTile + c);
-        vf low[4] = {r0 + r1, r1 - r0, r0 - r1, -(r0 + r1)};
-        vf high[4] = {r2 + r3, r3 - r2, r2 - r3, -(r2 + r3)};
+        vf a = load(r0 + c), b = load(r1 + c), d = load(r2 + c), e = load(r3 + c);
+        vf low[4] = {a + b, b - a, a - b, -(a + b)};
+        vf high[4] = {d + e, e - d, d - e, -(d + e)};
         for (int s = 0; s < 16; s++) store(table + s * kTile + c, low[s & 3] + high[s >> 2]);
+    }
+}
+
+// to[r] = from[r] + the sums of `count` tables that row r of the matrix looks up; from null: 0.
+inline void look_up(const mqc_hadamard_plan* plan, int64_t first, int64_t count,
+                    const float* tables, const float* from, float* to, int64_t stride) {
+    const uint8_t* codes = plan->codes + first * plan->base;
+    for (int64_t r = 0; r < plan->base; r++) {
+        vf total[4];
+        for (int c = 0; c < 4; c++) total[c] = from ? load(from + r * kTile + c * kLanes) : vf{};
+        for (int64_t k = 0; k < count; k++) {
+            const float* entry = tables + (k * 16 + codes[k * plan->base + r]) * kTile;
+            for (int c = 0; c < 4; c++) total[c] += load(entry + c * kLanes);
+        }
+        for (int c = 0; c < 4; c++) store(to + r * stride + c * kLanes, total[c]);
+    }
+}
+
+// The tile at y, its rows every `stride` values: M y in place. What the last tables need of y is
+// read before they are used, so these write to y itself.
+void mix_tile(const mqc_hadamard_plan* plan, float* y, int64_t stride, float* sums, float* tables,
+              const float* zeros) {
+    for (int64_t g = 0; g < plan->groups; g += kGroups) {
+        const int64_t count = plan->groups - g < kGroups ? plan->groups - g : kGroups;
+        for (int64_t k = 0; k < count; k++) {
+            const float* rows[4];
+            for (int64_t i = 0; i < 4; i++) {
+                const int64_t r = 4 * (g + k) + i;
+                rows[i] = r < plan->base ? y + r * stride : zeros;
+            }
+            fill(rows[0], rows[1], rows[2], rows[3], tables + k * 16 * kTile);
+        }
+        const bool last = g + count == plan->groups;
+        look_up(plan, g, count, tables, g ? sums : nullptr, last ? y : sums,
+                last ? stride : kTile);
     }
 }
 
 // y = M y over rows of `inner` values, M [base, base]; scratch: see mqc_hadamard_scratch.
 void mix(const mqc_hadamard_plan* plan, float* y, float* scratch) {
     const int64_t base = plan->base, inner = plan->inner;
-    float* rows = scratch;                             // [4 * groups, kTile]
-    float* sums = rows + 4 * plan->groups * kTile;     // [base, kTile]
-    float* tables = sums + base * kTile;               // [kGroups, 16, kTile]
-    memset(rows + base * kTile, 0,
-           static_cast<size_t>((4 * plan->groups - base) * kTile) * sizeof(float));
-    for (int64_t column = 0; column < inner; column += kTile) {
-        const int64_t width = inner - column < kTile ? inner - column : kTile;
-        const size_t bytes = static_cast<size_t>(width) * sizeof(float);
-        for (int64_t r = 0; r < base; r++) {
-            if (width < kTile) memset(rows + r * kTile, 0, kTile * sizeof(float));
-            memcpy(rows + r * kTile, y + r * inner + column, bytes);
-        }
-        for (int64_t g = 0; g < plan->groups; g += kGroups) {
-            const int64_t count = plan->groups - g < kGroups ? plan->groups - g : kGroups;
-            for (int64_t k = 0; k < count; k++)
-                fill(rows + 4 * (g + k) * kTile, tables + k * 16 * kTile);
-            for (int64_t r = 0; r < base; r++) {
-                float* to = sums + r * kTile;
-                vf total[4];
-                for (int c = 0; c < 4; c++) total[c] = g ? load(to + c * kLanes) : vf{};
-                for (int64_t k = 0; k < count; k++) {
-                    const float* from =
-                        tables + (k * 16 + plan->codes[(g + k) * base + r]) * kTile;
-                    for (int c = 0; c < 4; c++) total[c] += load(from + c * kLanes);
-                }
-                for (int c = 0; c < 4; c++) store(to + c * kLanes, total[c]);
-            }
-        }
-        for (int64_t r = 0; r < base; r++) memcpy(y + r * inner + column, sums + r * kTile, bytes);
-    }
+    float* tables = scratch;                        // [kGroups, 16, kTile]
+    float* sums = tables + kGroups * 16 * kTile;    // [base, kTile]
+    float* zeros = sums + base * kTile;             // [kTile]
+    float* copy = zeros + kTile;                    // [base, kTile], of the last columns
+    memset(zeros, 0, kTile * sizeof(float));
+    int64_t column = 0;
+    for (; column + kTile <= inner; column += kTile)
+        mix_tile(plan, y + column, inner, sums, tables, zeros);
+    if (column == inner) return;
+    const size_t bytes = static_cast<size_t>(inner - column) * sizeof(float);
+    memset(copy, 0, static_cast<size_t>(base * kTile) * sizeof(float));
+    for (int64_t r = 0; r < base; r++) memcpy(copy + r * kTile, y + r * inner + column, bytes);
+    mix_tile(plan, copy, kTile, sums, tables, zeros);
+    for (int64_t r = 0; r < base; r++) memcpy(y + r * inner + column, copy + r * kTile, bytes);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ namespace mqc {
 
 // Sizes of the Hadamard transform's scratch, the same for all copies.
 constexpr int64_t kMaxTile = 64;
-constexpr int64_t kTables = 4;
+constexpr int64_t kTables = 7;  // look-up tables at a time: as many as the first cache holds
 
 struct Table {
     void (*quantize_row)(const float*, int64_t, float, int, void*);

@@ -47,20 +47,36 @@ inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf abs(vf a) { return reinterpret_cast<vf>(reinterpret_cast<vi>(a) & 0x7fffffff); }
 
+// Lane i takes lane i ^ D.
+template <int D>
+inline vf swapped(vf v) {
+    vi index;
+    for (int i = 0; i < kLanes; i++) index[i] = i ^ D;
+    return __builtin_shuffle(v, index);
+}
+
 inline float sum(vf v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int64_t width = kLanes / 2; width > 0; width /= 2)
-        for (int64_t i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    return lanes[0];
+#if MQC_LANES >= 16
+    v += swapped<8>(v);
+#endif
+#if MQC_LANES >= 8
+    v += swapped<4>(v);
+#endif
+    v += swapped<2>(v);
+    v += swapped<1>(v);
+    return v[0];
 }
 
 inline float top(vf v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    float best = lanes[0];
-    for (int64_t i = 1; i < kLanes; i++) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+#if MQC_LANES >= 16
+    v = max(v, swapped<8>(v));
+#endif
+#if MQC_LANES >= 8
+    v = max(v, swapped<4>(v));
+#endif
+    v = max(v, swapped<2>(v));
+    v = max(v, swapped<1>(v));
+    return v[0];
 }
 
 // To the nearest integer, ties to even, for |x| < 2^22.
