@@ -67,7 +67,7 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
     p.padded = round_up(s.group_k, p.isa->k_step);
     p.row_tiles = (c->m + p.isa->rows - 1) / p.isa->rows;
     // One row tile reads packed 4-bit weights once; unpacking pays from the second on.
-    p.panel = s.bits == 4 ? !p.isa->nibbles || p.row_tiles > 1 : p.padded != s.group_k;
+    p.panel = s.bits == 4 ? p.isa->panel || p.row_tiles > 1 : p.padded != s.group_k;
     const int64_t row = s.groups * p.padded;
     int64_t tiles = kRowBytes / (row * p.isa->rows);
     if (tiles * p.isa->rows < 112) tiles = (111 + p.isa->rows) / p.isa->rows;
@@ -120,18 +120,13 @@ void pack_task(void* context, size_t index) {
                      job.correction + row * p.s.groups);
 }
 
-// Unpacks a strip's weights to the panel (or copies them there with more padding).
-void fill_panel(const Plan& p, const uint8_t* packed, int64_t blocks, uint8_t* panel) {
+// Copies a strip's 8-bit weights to the panel with more padding.
+void pad_panel(const Plan& p, const uint8_t* packed, int64_t blocks, uint8_t* panel) {
     const int64_t group = p.padded * kBlock;
     for (int64_t i = 0; i < blocks * p.s.groups; i++) {
-        const uint8_t* in = packed + i * p.s.group_bytes;
         uint8_t* out = panel + i * group;
-        if (p.s.bits == 4) {
-            p.isa->unpack(in, p.s.group_k, p.padded, out);
-        } else {
-            memcpy(out, in, static_cast<size_t>(p.s.group_bytes));
-            memset(out + p.s.group_bytes, 0, static_cast<size_t>(group - p.s.group_bytes));
-        }
+        memcpy(out, packed + i * p.s.group_bytes, static_cast<size_t>(p.s.group_bytes));
+        memset(out + p.s.group_bytes, 0, static_cast<size_t>(group - p.s.group_bytes));
     }
 }
 
@@ -171,18 +166,18 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     t.keep = nullptr;
     t.keep_group = p.padded * kBlock;
     t.keep_block = t.keep_group * p.s.groups;
-    Form form = p.s.bits == 8 ? kBytes : kSmall;
-    if (p.panel && !(p.isa->nibbles && p.s.bits == 4)) {
-        fill_panel(p, packed, blocks, scratch);
+    Form form = p.s.bits == 8 ? kBytes : kNibbles;
+    t.packed_k = p.s.group_k;
+    t.w = packed;
+    t.w_block = p.s.block_bytes;
+    t.w_group = p.s.group_bytes;
+    if (p.panel && form == kNibbles) {
+        t.keep = scratch;  // the first row tile unpacks for the others
+    } else if (p.panel) {
+        pad_panel(p, packed, blocks, scratch);
         t.w = scratch;
         t.w_block = t.keep_block;
         t.w_group = t.keep_group;
-    } else {
-        t.w = packed;
-        t.w_block = p.s.block_bytes;
-        t.w_group = p.s.group_bytes;
-        if (p.s.bits == 4) form = kNibbles;
-        if (p.panel) t.keep = scratch;  // the first row tile unpacks for the others
     }
     t.groups = p.s.groups;
     t.scale_block = p.s.groups * kBlock;

@@ -42,6 +42,7 @@ struct Tile {
     const uint8_t* w;
     int64_t w_block, w_group;  // bytes between blocks, and between groups
     int64_t group_k;           // padded inputs of a group: a multiple of k_step
+    int64_t packed_k;          // of packed 4-bit weights: a multiple of 8
     int64_t groups, rows;
     const float* w_scale;  // columns form
     int64_t scale_block;   // floats between blocks
@@ -68,13 +69,11 @@ struct LinearIsa {
     int64_t rows;    // rows of a tile, at most
     int64_t blocks;  // weight blocks of a tile
     int64_t k_step;  // a group of x, and of a panel, is padded to a multiple of this (8 or 64)
-    bool nibbles;    // tiles take packed 4-bit weights; else always a panel
+    bool panel;      // tiles need 4-bit weights unpacked in memory, however few rows there are
     // x [rows, k] int8 (flip 0) or uint8 + 128 (flip 0x80), to rows * groups * padded bytes, and
     // correction [groups, rows].
     void (*pack_rows)(const uint8_t* x, int64_t rows, const Sizes& sizes, int64_t padded,
                       uint8_t flip, int8_t* packed, int32_t* correction);
-    // A packed group of one block (nibbles) to bytes 0..15 [padded / 4, 16, 4].
-    void (*unpack)(const uint8_t* packed, int64_t group_k, int64_t padded, uint8_t* panel);
     void (*tile)(Form form, const Tile& tile);
     // Up to few_rows rows, another instruction set is faster; or null.
     const LinearIsa* few;

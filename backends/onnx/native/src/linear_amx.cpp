@@ -55,24 +55,54 @@ void pack_rows(const uint8_t* x, int64_t rows, const Sizes& s, int64_t padded, u
         }
 }
 
-// Sums of one group to memory, [32][32].
+// Unpacks `inputs` inputs (a multiple of 8) of one block from nibbles to a panel.
+inline void unpack(const uint8_t* packed, int64_t inputs, uint8_t* panel) {
+    for (int64_t i = 0; i < inputs; i += 8, packed += 64, panel += 128) {
+        const __m512i both = Avx512::load(packed);
+        Avx512::store(panel, Avx512::low(both));
+        Avx512::store(panel + 64, Avx512::high(both));
+    }
+}
+
+// Unpacks a whole group of both blocks, and pads it.
+void unpack_group(const Tile& t, const uint8_t* packed, uint8_t* panel) {
+    for (int64_t b = 0; b < 2; b++) {
+        uint8_t* out = panel + b * t.keep_block;
+        unpack(packed + b * t.w_block, t.packed_k, out);
+        memset(out + t.packed_k * kBlock, 0, static_cast<size_t>(t.group_k - t.packed_k) * kBlock);
+    }
+}
+
+// Sums of one group to memory, [32][32], from the panel w. With `packed`, each chunk of the panel
+// is unpacked while the products of the one before it run: they are made in a unit of their own.
 template <bool both>
-void multiply_group(const int8_t* x, int64_t rows, const uint8_t* w, const Tile& t,
-                    const uint8_t*& ahead, int32_t* sums) {
+void multiply_group(const int8_t* x, int64_t rows, uint8_t* w, int64_t w_block,
+                    const uint8_t* packed, const Tile& t, const uint8_t*& ahead, int32_t* sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    if (packed) {
+        unpack(packed, kChunk, w);
+        unpack(packed + t.w_block, kChunk, w + w_block);
+        __asm__ volatile("" ::: "memory");  // before the loads, whose intrinsics do not say so
+    }
     for (int64_t i = 0; i < t.group_k; i += kChunk, x += rows * kChunk, w += kBytesOf) {
         _tile_loadd(4, x, 64);
         _tile_loadd(6, w, 64);
         _tile_dpbsud(0, 4, 6);
-        _tile_loadd(7, w + t.w_block, 64);
+        _tile_loadd(7, w + w_block, 64);
         _tile_dpbsud(1, 4, 7);
         if (both) {
             _tile_loadd(5, x + kBytesOf, 64);
             _tile_dpbsud(2, 5, 6);
             _tile_dpbsud(3, 5, 7);
+        }
+        if (packed && i + kChunk < t.group_k) {
+            packed += kChunk * kBlock / 2;
+            unpack(packed, kChunk, w + kBytesOf);
+            unpack(packed + t.w_block, kChunk, w + w_block + kBytesOf);
+            __asm__ volatile("" ::: "memory");
         }
         for (int line = 0; line < 8 && ahead < t.ahead_end; line++, ahead += 64)
             __builtin_prefetch(ahead);
@@ -86,17 +116,29 @@ void multiply_group(const int8_t* x, int64_t rows, const uint8_t* w, const Tile&
     }
 }
 
-void tile(Form, const Tile& t) {
+void tile(Form form, const Tile& t) {
     alignas(64) int32_t sums[2 * kHalf * 2 * kBlock];
     alignas(64) float partial[2 * kHalf * 2 * kBlock];
     if (t.groups > 1) memset(partial, 0, sizeof partial);
     const uint8_t* ahead = t.ahead;
     for (int64_t g = 0; g < t.groups; g++) {
         const int8_t* x = t.x + g * t.group_k * t.rows;
+        const uint8_t* packed = nullptr;
+        uint8_t* w = const_cast<uint8_t*>(t.w) + g * t.w_group;  // written to only where packed
+        int64_t w_block = t.w_block;
+        if (form == kNibbles) {
+            packed = w;
+            w = t.keep + g * t.keep_group;
+            w_block = t.keep_block;
+            if (t.packed_k != t.group_k) {
+                unpack_group(t, packed, w);
+                packed = nullptr;
+            }
+        }
         if (t.rows > kHalf)
-            multiply_group<true>(x, t.rows, t.w + g * t.w_group, t, ahead, sums);
+            multiply_group<true>(x, t.rows, w, w_block, packed, t, ahead, sums);
         else
-            multiply_group<false>(x, t.rows, t.w + g * t.w_group, t, ahead, sums);
+            multiply_group<false>(x, t.rows, w, w_block, packed, t, ahead, sums);
         const bool last = g == t.groups - 1;
         Tile row = t;
         for (int64_t r = 0; r < t.rows; r++) {
@@ -127,6 +169,6 @@ void tile(Form, const Tile& t) {
 
 namespace mqc {
 // A few rows would leave most of a register empty, and need 4-bit weights unpacked in memory.
-const LinearIsa linear_amx = {"amx", 2 * kHalf, 2, kChunk, false, pack_rows,
-                              unpack_nibbles<Avx512>, tile, &linear_avx512vnni, 12, begin, end};
+const LinearIsa linear_amx = {"amx",     2 * kHalf, 2,    kChunk, true,
+                              pack_rows, tile,      &linear_avx512vnni, 14, begin, end};
 }

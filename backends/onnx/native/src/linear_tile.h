@@ -213,16 +213,4 @@ inline void pack_rows_interleaved(const uint8_t* x, int64_t rows, const Sizes& s
     }
 }
 
-template <class V>
-inline void unpack_nibbles(const uint8_t* packed, int64_t group_k, int64_t padded,
-                           uint8_t* panel) {
-    for (int64_t i = 0; i < group_k / 8; i++, packed += 64, panel += 128)
-        for (int v = 0; v < kVectors<V>; v++) {
-            const typename V::Bytes both = V::load(packed + v * 4 * V::lanes);
-            V::store(panel + v * 4 * V::lanes, V::low(both));
-            V::store(panel + 64 + v * 4 * V::lanes, V::high(both));
-        }
-    if (padded > group_k) memset(panel, 0, static_cast<size_t>(padded - group_k) * kBlock);
-}
-
 }  // namespace
