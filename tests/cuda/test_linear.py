@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from guarded_memory import guarded
 
 from mqc.cuda.library import DType, KernelError, LinearArgs, LinearKernel, Modality
 from mqc.cuda.pack import Layout, pack_weight
@@ -84,6 +85,9 @@ class Case:
         self.want = y.to(torch_dtype)
         if self.residual is not None:
             self.want = self.want + self.residual[:, :n]
+        # Reads past the end of an operand fault.
+        for name in "x w w_scale x_scale modality bias x_split w_split residual".split():
+            setattr(self, name, guarded(getattr(self, name)))
 
     def arguments(self, y: torch.Tensor, **fields: Any) -> LinearArgs:
         rows, n, k = self.shape

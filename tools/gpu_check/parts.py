@@ -70,8 +70,6 @@ PARTS = {
     "row-timings": Part(40, lambda c: timings.rows(c.library, c.recorder, c.device)),
     "attention-timings": Part(40, lambda c: timings.attention(c.library, c.recorder, c.device)),
 }
-CHECKED = ("small", "rows", "sweep", "sweep-wgmma")
-"""Parts whose results count wrong values."""
 
 
 def run_part(name: str, library: Path, out: Path, seconds: float) -> None:
