@@ -2,7 +2,8 @@
 
     .venv/bin/python tools/bench_linear.py [--isa avx512vnni] [--rows 1,16,128] [--json FILE]
 
-Kernels take turns (interleaved rounds), medians are reported. Ceilings are measured in the same
+Kernels take turns (interleaved rounds), medians are reported. Weights are cold (copies in turn),
+except beside other kernels (``--peers``), which have one copy: then all are warm. Ceilings are measured in the same
 run: the dot product instruction out of registers, and a read of memory. Rows of a kernel that is
 not installed say so.
 """
@@ -30,6 +31,9 @@ COLD_BYTES = 256 << 20
 """Weights of a memory-bound case together: copies of one linear, so that none is in a cache."""
 
 _VOID, _INT64 = ctypes.c_void_p, ctypes.c_int64
+PAUSE = 0.02
+"""Seconds between the turns of different kernels: idle threads of onnxruntime spin for a while."""
+
 Run = Callable[[int], None]
 
 
@@ -46,7 +50,8 @@ def huge(size: int) -> Array:
 class Case:
     """One linear: packed weights in copies enough to be cold, activations for some rows."""
 
-    def __init__(self, kernels: Kernels, n: int, k: int, bits: int, group: int) -> None:
+    def __init__(self, kernels: Kernels, n: int, k: int, options: argparse.Namespace) -> None:
+        bits, group = options.bits, options.group
         rng = np.random.default_rng(0)
         self.kernels, self.n, self.k = kernels, n, k
         width = k if bits == 8 else (k + 1) // 2
@@ -55,7 +60,8 @@ class Case:
         scale = rng.random((n, k // group if group else 1)).astype(np.float32)
         first = kernels.pack(stored, scale, k)
         size = (first.weight.size + 63) // 64 * 64
-        self.copies = max(1, COLD_BYTES // size)
+        # Another kernel has one copy of its weights: then ours are as warm as its.
+        self.copies = 1 if options.peers else max(1, COLD_BYTES // size)
         arena = huge(size * self.copies)
         self.linears = []
         for i in range(self.copies):
@@ -133,6 +139,8 @@ def interleaved(runs: dict[str, Run], seconds: float) -> dict[str, float]:
             before = time.perf_counter()
             run(index)
             times[name].append(time.perf_counter() - before)
+            if len(runs) > 1:
+                time.sleep(PAUSE)
         index += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -153,7 +161,7 @@ def measure(kernels: Kernels, options: argparse.Namespace) -> list[dict[str, Any
     memory[:] = 1
     rows = []
     for k, n in options.shapes:
-        case = Case(kernels, n, k, options.bits, options.group)
+        case = Case(kernels, n, k, options)
         for m in options.rows:
             for threads in options.threads:
                 runs = {"mqc": case.run(m, threads)}

@@ -16,6 +16,6 @@ void tile(Form form, const Tile& t) {
 }  // namespace
 
 namespace mqc {
-const LinearIsa linear_avx512vnni = {"avx512vnni", kRows, kPanel, 8, false,
-                                     pack_rows_interleaved, tile, nullptr, 0, nullptr, nullptr};
+const LinearIsa linear_avx512vnni = {"avx512vnni", kRows, kPanel, 8, false, pack_rows_interleaved,
+                                     tile, nullptr, 0, nullptr, nullptr};
 }

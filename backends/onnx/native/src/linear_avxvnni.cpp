@@ -3,6 +3,6 @@
 #include "linear_ymm.h"
 
 namespace mqc {
-const LinearIsa linear_avxvnni = {"avxvnni", kRows, kPanel, 8, false,
-                                     pack_rows_interleaved, tile, nullptr, 0, nullptr, nullptr};
+const LinearIsa linear_avxvnni = {"avxvnni", kRows, kPanel, 8, false, pack_rows_interleaved,
+                                  tile, nullptr, 0, nullptr, nullptr};
 }

@@ -82,6 +82,6 @@ void tile(Form form, const Tile& t) {
 }  // namespace
 
 namespace mqc {
-const LinearIsa linear_portable = {"portable", kRows, kPanel, 8, false,
-                                     pack_rows_interleaved, tile, nullptr, 0, nullptr, nullptr};
+const LinearIsa linear_portable = {"portable", kRows, kPanel, 8, false, pack_rows_interleaved,
+                                   tile, nullptr, 0, nullptr, nullptr};
 }
