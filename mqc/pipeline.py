@@ -31,6 +31,7 @@ def pass_names(scheme: Scheme) -> list[str]:
         "quantize-weights": scheme.quantized,
         "static-scales": scheme.static_activations,
         "aifs-reorder": scheme.aifs,
+        "expert-slices": scheme.aifs,
         "cleanup": True,
     }
     return [name for name, wanted in asked.items() if wanted]

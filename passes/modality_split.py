@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from mqc.analysis.experts import MASK
 from mqc.analysis.flow import is_linear
 from mqc.analysis.modality import MIXED, find_domains
 from mqc.ir import Component, Port, Program, TensorType
 from mqc.transform import Pass, PassContext, PassResult, Skip
 
-INPUT = "modality"
+INPUT = MASK
 """Name of the input that says which rows are visual."""
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx
 
 import mqc.ops  # noqa: F401  (registers the operators that this pass puts in)
+from mqc.analysis.experts import MASK, rows_of
 from mqc.analysis.flow import is_linear
 from mqc.analysis.head import find_head
+from mqc.analysis.modality import Modality
 from mqc.analysis.routing import find_routers
 from mqc.calib.samples import component_samples
 from mqc.calib.walk import Values, walk
@@ -119,7 +121,8 @@ class _Quantizer:
         self.plan = plan
         self.result = result
         self.ctx = ctx
-        self.hessians: dict[fx.Node, Tensor] = {}
+        self.rows = rows_of(component)
+        self.hessians: dict[tuple[fx.Node, Modality | None], Tensor] = {}
 
     def run(self) -> None:
         """Round to nearest: no data needed."""
@@ -145,19 +148,38 @@ class _Quantizer:
         )
 
     def _hessian(self, node: fx.Node, values: Values) -> Tensor | None:
-        """Second moments of the inputs; shared by all linears that read the same value."""
+        """Second moments of the inputs; shared by all linears that read the same value.
+
+        The weights of one modality's expert see its rows alone, where calibration has any.
+        """
         value = node.args[0]
         if not (isinstance(value, fx.Node) and is_linear(node)):
             return None
-        if value not in self.hessians:
-            self.hessians.clear()  # readers of one value are neighbours
+        key = (value, self.rows.get(node))
+        if key not in self.hessians:
+            if any(known is not value for known, _ in self.hessians):
+                self.hessians.clear()  # readers of one value are neighbours
             width = tensor_type(value).shape[-1]
             assert isinstance(width, int)
             accumulator = HessianAccumulator(width)
-            for x in values(value):
+            for x in self._inputs(node, value, values):
                 accumulator.add(x)
-            self.hessians[value] = accumulator.hessian()
-        return self.hessians[value]
+            self.hessians[key] = accumulator.hessian()
+        return self.hessians[key]
+
+    def _inputs(self, node: fx.Node, value: fx.Node, values: Values) -> Sequence[Tensor]:
+        wanted = self.rows.get(node)
+        if wanted is None:
+            return values(value)
+        masks = values(self.component.placeholder(MASK))
+        visual = wanted is Modality.VISUAL
+        parts = [x[m == visual] for x, m in zip(values(value), masks, strict=True)]
+        if any(len(part) for part in parts):
+            return [part for part in parts if len(part)]
+        where = f"{self.component.name}.%{node.name}"
+        reason = f"no {wanted.name.lower()} rows in the calibration set: all rows are used"
+        self.result.skips.append(Skip(where, reason))
+        return values(value)
 
     def _replace(self, node: fx.Node, hessian: Tensor | None) -> list[fx.Node]:
         spec = self.plan[node]

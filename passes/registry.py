@@ -5,6 +5,7 @@ from __future__ import annotations
 from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.canonicalize import Canonicalize
 from mqc.passes.cleanup import Cleanup
+from mqc.passes.expert_slices import ExpertSlices
 from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_norm import FuseNorm
 from mqc.passes.fuse_quantize import FuseQuantize
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeWeights,
         StaticScales,
         AifsReorder,
+        ExpertSlices,
         Cleanup,
         MergeLinears,
         FuseQuantize,

@@ -22,6 +22,7 @@ FULL = [
     "quantize-weights",
     "static-scales",
     "aifs-reorder",
+    "expert-slices",
     "cleanup",
 ]
 
@@ -71,7 +72,7 @@ def test_full_pipeline() -> None:
         ("rotate=false", {"fuse-norm", "hadamard-fuse"}),
         ("online_hadamard=false", {"hadamard-online"}),
         ("rms_suppress=false", {"rms-suppress"}),
-        ("aifs=false", {"aifs-reorder"}),
+        ("aifs=false", {"aifs-reorder", "expert-slices"}),
     ],
 )
 def test_each_step_is_left_out_where_not_asked_for(override: str, missing: set[str]) -> None:

@@ -182,6 +182,7 @@ def _reduction(op_type: str) -> Rule:
 rule(aten.mean.dim)(_reduction("ReduceMean"))
 rule(aten.sum.dim_IntList)(_reduction("ReduceSum"))
 rule(aten.amax.default)(_reduction("ReduceMax"))
+rule(aten.amin.default)(_reduction("ReduceMin"))
 
 
 @rule(aten.any.dim, aten.all.dim)
@@ -318,7 +319,7 @@ def _additive(b: Builder, mask: fx.Node | None, times: int) -> str | None:
 
 
 def size_rule(b: Builder, node: fx.Node) -> str:
-    """Symbolic sizes: ``sym_size`` and Python arithmetic, as int64 [1]."""
+    """Symbolic sizes: ``sym_size``, numbers in tensors and Python arithmetic, as int64 [1]."""
     if node.target is aten.sym_size.int:
         source, axis = node.args
         assert isinstance(source, fx.Node) and isinstance(axis, int)
@@ -327,6 +328,8 @@ def size_rule(b: Builder, node: fx.Node) -> str:
         if isinstance(size, int):
             return b.ints(size)
         return b("Shape", b.name(source), start=axis, end=axis + 1)
+    if node.target is aten.item.default:
+        return b("Reshape", b.operand(node.args[0], torch.int64), b.ints(1))
     op_type = _ARITHMETIC.get(node.target)
     if op_type is None:
         raise Unsupported(f"{node.target} on a size")

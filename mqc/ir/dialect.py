@@ -61,14 +61,15 @@ COMPUTE_OPS = frozenset(
         "linear.default matmul.default bmm.default mm.default addmm.default "
         "conv1d.default conv2d.default conv3d.default rms_norm.default layer_norm.default "
         "scaled_dot_product_attention.default softmax.int _softmax.default mean.dim "
-        "sum.dim_IntList amax.default any.dim all.dim avg_pool2d.default "
+        "sum.dim_IntList amax.default amin.default any.dim all.dim avg_pool2d.default "
         "adaptive_avg_pool2d.default "
         "upsample_bilinear2d.vec upsample_bicubic2d.vec group_norm.default einsum.default"
     ).split()
 )
 SIZE_OPS = frozenset(
     (
-        "aten.sym_size.int operator.add operator.sub operator.mul operator.floordiv "
+        "aten.sym_size.int aten.item.default "
+        "operator.add operator.sub operator.mul operator.floordiv "
         "operator.mod operator.getitem operator.neg operator.truediv math.trunc math.floor "
         "torch.sym_max torch.sym_min torch.sym_int torch.sym_not operator.pow operator.eq "
         "operator.ge operator.le operator.gt operator.lt"

@@ -122,6 +122,7 @@ CASES: list[tuple[Any, ...]] = [
     (aten.sum.dim_IntList, X, [0, 2]),
     (aten.sum.dim_IntList, B, [1]),
     (aten.amax.default, X, [1]),
+    (aten.amin.default, X, [1]),
     (aten.any.dim, B, 1),
     (aten.all.dim, B, -1, True),
     (aten.softmax.int, X, -2),
