@@ -216,6 +216,13 @@ def test_attention_lengths(emulated: Any, asynchrony: int, past: int) -> None:
     run_attention(emulated, DType.F16, past=past, int8=True, splits=2, capacity=291)
 
 
+def test_attention_of_many_tokens(emulated: Any) -> None:
+    """Several tiles of rows; a causal tile stops at its last token."""
+    emulated.configure(seed=5)
+    run_attention(emulated, DType.F16, tokens=70, past=40, splits=2)
+    run_attention(emulated, DType.BF16, tokens=21, past=0, q_heads=6, int8=True)
+
+
 @pytest.mark.parametrize("dtype", list(TORCH))
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dim", [16, 80])

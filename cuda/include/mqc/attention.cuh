@@ -131,6 +131,16 @@ MQC_D void attention_step(const AttentionParams& p, AttentionState<kDim>& state,
                           uint32_t keys, uint32_t values, const AttentionRow (&rows)[2], int sequence, int key,
                           int end, int past, const float* key_scale, const float* value_scale, int lane) {
   using Shape = AttentionShape<T, Cache, kDim>;
+  bool allowed[2][2][2];  // by block of 8 keys, row, column parity
+  bool any = false;
+  MQC_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int block = i / 4, half = i / 2 % 2, at = key + 8 * block + 2 * (lane % 4) + i % 2;
+    const bool here = at < end && rows[half].inside && may_attend(p, sequence, rows[half].token, at, past);
+    allowed[block][half][i % 2] = here;
+    any = any || here;
+  }
+  if (!gpu::any_lane(any)) return;  // nothing to attend to: the state stays as it is
   float scores[2][4] = {};
   MQC_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
@@ -156,8 +166,7 @@ MQC_D void attention_step(const AttentionParams& p, AttentionState<kDim>& state,
       MQC_UNROLL
       for (int half = 0; half < 2; ++half) {
         float& score = scores[block][2 * half + parity];
-        const bool allowed = inside && rows[half].inside && may_attend(p, sequence, rows[half].token, at, past);
-        score = allowed ? score * factor : kMinusInfinity;
+        score = allowed[block][half][parity] ? score * factor : kMinusInfinity;
       }
     }
   }
@@ -252,6 +261,10 @@ MQC_KERNEL(kAttentionThreads, 2) attention_kernel(MQC_GRID_CONSTANT AttentionPar
   const int past = static_cast<int>(*p.past), group = p.q_heads / p.kv_heads;
   int keys = past + p.tokens;
   if (keys > p.capacity) keys = static_cast<int>(p.capacity);
+  if (p.mask == nullptr) {  // causal: no row of the tile attends past its last token
+    const int last = (tile * kAttentionRows + kAttentionRows - 1) / group;
+    if (last < p.tokens && keys > past + last + 1) keys = past + last + 1;
+  }
   int begin, end;
   attention_range(keys, split, p.splits, begin, end);
 

@@ -52,6 +52,8 @@ MQC_D void fence_device() { __threadfence(); }
 MQC_D uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
 template <class T> MQC_D T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 template <class T> MQC_D T shuffle(T value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+// Whether the value is true in any lane of the warp.
+MQC_D bool any_lane(bool value) { return __any_sync(0xFFFFFFFFu, value) != 0; }
 
 // ---- memory ------------------------------------------------------------------------------------
 MQC_D Vector16 load16(const void* global) {

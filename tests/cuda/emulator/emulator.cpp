@@ -292,6 +292,16 @@ void shuffle_bytes(void* value, size_t bytes, int source) {
   });
 }
 
+bool any_lane(bool value) {
+  bool any = false;
+  collective("any_lane", {nullptr, &any, value}, [](Warp& warp) {
+    bool found = false;
+    for (const auto& lane : warp.lanes) found = found || lane.number != 0;
+    for (auto& lane : warp.lanes) *static_cast<bool*>(lane.out) = found;
+  });
+  return any;
+}
+
 Vector16 load_shared16(uint32_t address) {
   Vector16 v;
   if (address % 16) fail("a 16-byte load from shared memory is misaligned");

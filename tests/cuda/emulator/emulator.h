@@ -48,6 +48,7 @@ template <class T> T shuffle(T value, int lane) {
   shuffle_bytes(&value, sizeof(T), lane);
   return value;
 }
+bool any_lane(bool value);
 
 inline Vector16 load16(const void* global) {
   Vector16 v;

@@ -1,0 +1,113 @@
+"""The runtime over the library's own kernels, on the emulator of CUDA blocks: ctypes calls,
+strides, workspaces and cache writes are the ones that a GPU gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda_cases
+import pytest
+import tiny
+import torch
+
+from mqc.backends.cuda.engine import CudaEngine
+from mqc.backends.cuda.kernels import Attention, CacheTensor, ReferenceKernels
+from mqc.backends.cuda.native import NativeKernels, aligned_rows, hadamard_form
+from mqc.host import generate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def kernels(emulated: Any) -> NativeKernels:
+    emulated.configure(seed=1)
+    return NativeKernels(emulated, CPU, stream=lambda: 0)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_decoder_of_a_tiny_model(kernels: NativeKernels, dtype: str) -> None:
+    """Prefill of a batch, decoding, and both again from the recorded step."""
+    name = "tiny-qwen2-vl"
+    program = cuda_cases.lowered(name, dtype)
+    kinds = ("text", "image")
+    expected, found = (
+        cuda_cases.logits(CudaEngine(program.copy(), k, capacity=64), name, kinds=kinds)
+        for k in (ReferenceKernels(), kernels)
+    )
+    limit = 0.05 if dtype == "f32" else 0.15  # sums in another order tip some int8 steps
+    assert (found - expected).abs().max() < limit * expected.abs().max()
+    assert found.argmax(-1).equal(expected.argmax(-1))
+
+
+def test_greedy_decoding(kernels: NativeKernels) -> None:
+    name = "tiny-llava"
+    program = cuda_cases.lowered(name)
+    prompt = tiny.runnable(name).prompt(tiny.conversations()["text"])
+    expected, found = (
+        generate(CudaEngine(program.copy(), k, capacity=64), prompt, max_new_tokens=5, stop=())
+        for k in (ReferenceKernels(), kernels)
+    )
+    assert found.tokens == expected.tokens
+
+
+def attention_call(
+    dtype: torch.dtype, cache_dtype: torch.dtype, tokens: int, past: int, packed: bool
+) -> Attention:
+    generator = torch.Generator().manual_seed(tokens)
+    batch, heads, groups, width, capacity = 2, 4, 2, 64, 40
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    caches = []
+    for _ in range(2):
+        cache = CacheTensor.empty((batch, groups, capacity, width), cache_dtype, CPU)
+        cache.write(random(batch, groups, past, width), torch.arange(past))
+        caches.append(cache)
+    angles = torch.rand(batch, tokens, width, generator=generator) * 6
+    mask = torch.ones(batch, 1, tokens, past + tokens, dtype=torch.bool).tril(past)
+    mask[1, :, :, :3] = False
+    q = random(batch, tokens, heads + 2 * groups, width)
+    k = v = None
+    if not packed:
+        q, k, v = (part.contiguous() for part in q.split([heads, groups, groups], dim=2))
+    where = (torch.tensor([past]), mask)
+    turn = (angles.cos(), angles.sin(), width**-0.5, "half")
+    return Attention(q, k, v, *caches, *where, *turn, end=past + tokens)
+
+
+@pytest.mark.parametrize("cache_dtype", ["same", "int8"])
+@pytest.mark.parametrize(("tokens", "past"), [(1, 7), (20, 0), (20, 9)])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(
+    kernels: NativeKernels,
+    dtype: torch.dtype,
+    packed: bool,
+    tokens: int,
+    past: int,
+    cache_dtype: str,
+) -> None:
+    """One new token goes through the library, many through torch; the caches end up the same."""
+    kind = torch.int8 if cache_dtype == "int8" else dtype
+    calls = [attention_call(dtype, kind, tokens, past, packed) for _ in range(2)]
+    outs = [torch.empty(2, tokens, 4 * 64, dtype=dtype) for _ in range(2)]
+    found = kernels.attention(calls[0], outs[0])
+    expected = ReferenceKernels().attention(calls[1], outs[1])
+    limit = 2e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+    end = past + tokens
+    for mine, other in ((calls[0].keys, calls[1].keys), (calls[0].values, calls[1].values)):
+        one, two = (cache.read(end, torch.float32) for cache in (mine, other))
+        step = 0.04 if kind == torch.int8 else limit
+        torch.testing.assert_close(one, two, rtol=limit, atol=step)
+        assert not mine.data[:, :, end:].any()
+
+
+def test_rows_as_the_linear_reads_them() -> None:
+    x = torch.arange(60, dtype=torch.int8).reshape(2, 3, 10)
+    rows = aligned_rows(x)
+    assert rows.shape == (6, 10) and rows.stride() == (16, 1) and rows.equal(x.reshape(6, 10))
+    assert hadamard_form(592) == (148, 2) and hadamard_form(640) == (20, 5)
+    assert hadamard_form(1) == (1, 0) and hadamard_form(64) == (1, 6)
+    assert hadamard_form(18944) == (148, 7)
