@@ -11,9 +11,8 @@ from mqc.errors import PassPreconditionError
 from mqc.ir import SCALAR, Component, Port, Program, TensorType
 from mqc.ir.edit import aten, call, eliminate_dead_code, tensor_type
 from mqc.ir.serialize import target_name
-from mqc.ir.serialize import target_name
 from mqc.passes.modality_split import INPUT
-from mqc.transform import Pass, PassContext, PassResult
+from mqc.transform import Pass, PassContext, PassResult, Skip
 
 AIFS = "aifs"
 """``facts["kv_order"]`` of a program whose cache holds each call's keys visual-first."""
@@ -31,7 +30,8 @@ class AifsReorder(Pass):
 
     Works per sequence: several images, interleaved text, text only and batches are all the same.
 
-    Postcondition: the row mask is read by the permutation alone; ``facts["kv_order"]`` says so.
+    Postcondition: the row mask is read by the permutation alone, and ``facts["kv_order"]`` says so;
+    or a skip says why not, and operators keep reading the row mask.
     """
 
     name = "aifs-reorder"
@@ -50,7 +50,10 @@ class AifsReorder(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program)
         for component in program:
-            if component.has_input(INPUT) and ctx.take():
+            if component.has_input(INPUT) and _recurrent(component):
+                reason = "a recurrent layer reads tokens one after the other, in their order"
+                result.skips.append(Skip(component.name, reason))
+            elif component.has_input(INPUT) and ctx.take():
                 _Reorder(component).run(result)
                 program.facts["kv_order"] = AIFS
         eliminate_dead_code(program)
@@ -62,9 +65,9 @@ def _counts(reader: fx.Node) -> bool:
     return target_name(reader.target).startswith("mqc.")
 
 
-def _counts(reader: fx.Node) -> bool:
-    """Whether a reader of the row mask takes the number of visual rows as well."""
-    return target_name(reader.target).startswith("mqc.")
+def _recurrent(component: Component) -> bool:
+    """Whether the order of tokens matters to a memory that the component keeps."""
+    return any(port.axis("memory") is not None for port in component.inputs)
 
 
 class _Reorder:
@@ -117,17 +120,6 @@ class _Reorder:
         every = self._steps(self.mask, 1, kind.shape[1])
         order = self._call(aten.scatter.src, (every, 1, place, every), kind)
         return place, order, count
-
-    def _visual_first(self, count: fx.Node) -> fx.Node:
-        """The row mask in the new order: bool [batch, tokens], for readers that are no operators
-        of mqc (rows that choose among weights)."""
-        kind = tensor_type(self.mask)
-        size = self._call(aten.sym_size.int, (self.mask, 1), SCALAR)
-        steps = TensorType((kind.shape[1],), torch.int64)
-        places = self._call(aten.arange.default, (size,), steps)
-        column = TensorType((kind.shape[0], 1), torch.int64)
-        limit = self._call(aten.unsqueeze.default, (count, 1), column)
-        return self._call(aten.lt.Tensor, (places, limit), kind)
 
     def _visual_first(self, count: fx.Node) -> fx.Node:
         """The row mask in the new order: bool [batch, tokens], for readers that are no operators

@@ -61,6 +61,10 @@ class FuseAttention(Pass):
             caches = [port for port in component.inputs if _is_cache(port)]
             if not caches:
                 continue
+            if any(port.axis("memory") is not None for port in component.inputs):
+                reason = "the memory of a recurrent layer stands among the caches"
+                result.skips.append(Skip(component.name, reason))
+                continue
             layers = _layers(component, caches)
             if isinstance(layers, Skip):
                 result.skips.append(layers)

@@ -16,6 +16,11 @@ width of the language model):
     [batch, kv heads, past, head dim] -> ``logits`` [batch, rows, vocabulary], ``present_key_i``,
     ``present_value_i`` [batch, kv heads, past + tokens, head dim]. One graph for prefill, chunks
     and decoding.
+
+Where a family needs them, the decoder has more: ``deepstack_i`` [batch, tokens, hidden] (further
+outputs of ``vision``, linked to it; zero in text rows), and for a recurrent layer ``past_conv_i``
+and ``past_state_i`` in place of keys and values (``facts["recurrent"]``: rows of padding then have
+positions below zero).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from mqc.capture.export import (
 )
 from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
+from mqc.capture.recurrent import use_gated_delta
 from mqc.capture.skeleton import Skeleton, build_skeleton
 from mqc.capture.weights import FolderWeights, ModelWeights, NoWeights, checked
 from mqc.errors import CaptureError, CheckpointError
@@ -100,6 +101,7 @@ class Source:
             skeleton = build_skeleton(self._build, dtype)
             skeleton.model.set_attn_implementation("sdpa")
             use_dense_experts(skeleton.model)
+            use_gated_delta(skeleton.model, self.adapter.text_config)
             self.adapter.prepare(skeleton.model)
         except (CaptureError, CheckpointError):
             raise
@@ -273,6 +275,7 @@ def model_facts(source: Source) -> dict[str, Any]:
         "max_positions": getattr(config, "max_position_embeddings", None),
         "rope_axes": adapter.rope_axes,
         "deepstack": side_names(adapter),
+        "recurrent": adapter.recurrent,
         "attention_windows": list(adapter.attention_kinds().values()),
         "source": source.describe(),
     }

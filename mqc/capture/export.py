@@ -17,7 +17,8 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mqc.capture.adapters import Adapter, DynamicSize, Features
+from mqc.capture.adapters import LINEAR_ATTENTION, Adapter, DynamicSize, Features
+from mqc.capture.recurrent import Memory, memory_shapes
 from mqc.capture.skeleton import Skeleton
 from mqc.errors import CaptureError
 
@@ -57,6 +58,10 @@ class _Embed(_Wrapper):
 
 
 class _Decoder(_Wrapper):
+    def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
+        super().__init__(model, adapter)
+        self.specs = cache_specs(adapter)
+
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -68,14 +73,17 @@ class _Decoder(_Wrapper):
         past: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         cache = DynamicCache()
-        for key, value in zip(past[0::2], past[1::2], strict=True):
-            cache.layers.append(_filled(key, value))
+        for spec, one, two in zip(self.specs[0::2], past[0::2], past[1::2], strict=True):
+            cache.layers.append(Memory(one, two) if spec.memory else _filled(one, two))
         kinds = list(self.adapter.attention_kinds())
         masks = {kind: mask[:, place : place + 1] for place, kind in enumerate(kinds)}
+        if self.adapter.recurrent:  # padding has positions below zero
+            rows = position_ids[0] if position_ids.ndim == 3 else position_ids
+            masks[LINEAR_ATTENTION] = rows >= 0
         output = _language_model(self.m)(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            attention_mask=masks if len(kinds) > 1 else mask,
+            attention_mask=masks if len(masks) > 1 else mask,
             past_key_values=cache,
             use_cache=True,
             **self.adapter.decoder_arguments(side, modality[0] if modality else None),
@@ -83,7 +91,12 @@ class _Decoder(_Wrapper):
         hidden = output.last_hidden_state
         index = logit_index[..., None].expand(-1, -1, hidden.shape[-1])
         logits = self.m.get_output_embeddings()(hidden.gather(1, index))
-        return [logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+        return [logits, *(tensor for layer in cache.layers for tensor in _tensors(layer))]
+
+
+def _tensors(layer: DynamicLayer | Memory) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a cache layer holds after a call."""
+    return layer.tensors if isinstance(layer, Memory) else (layer.keys, layer.values)
 
 
 def _language_model(model: PreTrainedModel) -> Any:
@@ -145,7 +158,7 @@ def export_embed(skeleton: Skeleton, adapter: Adapter) -> Exported:
 
 def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> Exported:
     """The language model with its cache; interface: see :mod:`mqc.capture`."""
-    layers, heads, head_dim = cache_shape(adapter)
+    caches = cache_specs(adapter)
     hidden = int(adapter.text_config.hidden_size)
     batch, tokens, past, rows = 3, 5, 7, 2
     b, s, p, r = _dim("batch"), _dim("tokens"), Dim("past", min=0, max=MAX_LENGTH), _dim("rows")
@@ -160,7 +173,7 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         skeleton.empty(batch, rows, dtype=torch.int64),
         [skeleton.empty(batch, tokens, dtype=torch.bool) for _ in modality],
         [skeleton.empty(batch, tokens, hidden, dtype=dtype) for _ in side],
-        [skeleton.empty(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers)],
+        [skeleton.empty(*spec.sizes(batch, past), dtype=dtype) for spec in caches],
     )
     shapes = (
         {0: b, 1: s},
@@ -169,11 +182,11 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
         {0: b, 1: r},
         [{0: b, 1: s}] * len(modality),
         [{0: b, 1: s}] * len(side),
-        [{0: b, 2: p}] * (2 * layers),
+        [{0: b} if spec.memory else {0: b, 2: p} for spec in caches],
     )
     program = _export("decoder", _Decoder(skeleton.model, adapter), args, shapes)
     position_axes = (None, "batch", "token") if three else ("batch", "token")
-    caches = [f"{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
+    first = next(place for place, spec in enumerate(caches) if not spec.memory)
     return Exported(
         "decoder",
         program,
@@ -184,19 +197,57 @@ def export_decoder(skeleton: Skeleton, adapter: Adapter, dtype: torch.dtype) -> 
             ("logit_index", ("batch", "row")),
             *((name, ("batch", "token")) for name in modality),
             *((name, ("batch", "token", None)) for name in side),
-            *((f"past_{name}", ("batch", None, "past", None)) for name in caches),
+            *((f"past_{spec.name}", spec.axes("past")) for spec in caches),
         ],
         [
             ("logits", ("batch", "row", None)),
-            *((f"present_{name}", ("batch", None, "key", None)) for name in caches),
+            *((f"present_{spec.name}", spec.axes("key")) for spec in caches),
         ],
         {
             (0, 0): "batch",
             (0, 1): "tokens",
             (3, 1): "rows",
-            (4 + len(modality) + len(side), 2): "past",
+            (4 + len(modality) + len(side) + first, 2): "past",
         },
     )
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One tensor of the cache: ``shape`` without the batch, None for the tokens of the past.
+
+    ``memory``: it does not grow, and a call rewrites it.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    memory: bool = False
+
+    def sizes(self, batch: int, past: int) -> list[int]:
+        return [batch, *(past if size is None else size for size in self.shape)]
+
+    def axes(self, tokens: str) -> tuple[str | None, ...]:
+        if self.memory:
+            return ("batch", "memory", *[None] * (len(self.shape) - 1))
+        return ("batch", *(tokens if size is None else None for size in self.shape))
+
+
+def cache_specs(adapter: Adapter) -> list[CacheSpec]:
+    """The decoder's cache: two tensors a layer, in order of the layers."""
+    layers, heads, head_dim = cache_shape(adapter)
+    kinds = getattr(adapter.text_config, "layer_types", None) or [""] * layers
+    specs = []
+    for layer, kind in enumerate(kinds):
+        if kind == LINEAR_ATTENTION:
+            conv, state = memory_shapes(adapter.text_config)
+            specs += [
+                CacheSpec(f"conv_{layer}", conv, True),
+                CacheSpec(f"state_{layer}", state, True),
+            ]
+        else:
+            shape = (heads, None, head_dim)
+            specs += [CacheSpec(f"key_{layer}", shape), CacheSpec(f"value_{layer}", shape)]
+    return specs
 
 
 def cache_shape(adapter: Adapter) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -66,6 +66,26 @@ class Engine(Protocol):
 
         Returns:
             (logits float [B, R, vocab], the cache with the T new rows).
+        """
+
+
+class GreedyEngine(Engine, Protocol):
+    """An engine that chooses the likeliest token where it computes the logits."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether this program allows it."""
+
+    def greedy_step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, Cache]:
+        """Append ``tokens`` (int64 [B]) and return what follows (int64 [B], on the CPU).
+
+        ``positions``: int64 [B, 1] or [3, B, 1]; ``mask``: bool [B, M, 1, past + 1].
         """
 
 
@@ -175,6 +195,9 @@ def read(
     count, size = batch.valid.shape
     keys = KeyTable(count, engine.facts.get("attention_windows", (None,)))
     cache = engine.empty_cache(count)
+    positions = batch.position_ids
+    if engine.facts.get("recurrent"):  # how such a decoder knows rows of padding
+        positions = positions.masked_fill(~batch.valid, -1)
     result: torch.Tensor | None = None
     start = 0
     for end in chunk_ends(batch.blocks, chunk or size):
@@ -187,7 +210,7 @@ def read(
         valid, visual = batch.valid[:, part], batch.visual_mask[:, part]
         logits, cache = engine.decoder(
             embeds[:, part],
-            batch.position_ids[..., part],
+            positions[..., part],
             keys.mask(valid, batch.blocks[:, part]),
             index,
             visual,
@@ -201,6 +224,25 @@ def read(
             result[:, wanted] = torch.where(inside[:, wanted, None], new, result[:, wanted])
     assert result is not None
     return result, cache, keys
+
+
+def greedy_step(
+    engine: Engine, state: State, tokens: torch.Tensor
+) -> tuple[torch.Tensor, State] | None:
+    """The likeliest tokens after ``tokens`` where the engine finds them itself, else None.
+
+    ``logits`` of the new state are those of the old one.
+    """
+    if not getattr(engine, "greedy", False):
+        return None
+    chooser = cast(GreedyEngine, engine)
+    count = tokens.shape[0]
+    valid, visual = torch.ones(count, 1, dtype=torch.bool), torch.zeros(count, 1, dtype=torch.bool)
+    positions = state.next_position[:, None].expand(*state.axes, count, 1)
+    mask = state.keys.mask(valid)
+    found, cache = chooser.greedy_step(tokens, positions.contiguous(), mask, state.cache)
+    state.keys.append(visual, valid, engine.facts.get("kv_order"))
+    return found, State(cache, state.keys, state.next_position + 1, state.logits, state.axes)
 
 
 def decode_step(engine: Engine, state: State, tokens: torch.Tensor) -> State:

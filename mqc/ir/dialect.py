@@ -4,7 +4,7 @@
 no guards, no casts between float types, ``reshape`` instead of views, whole norms, patch
 convolutions as linears. ``quantized``
 is the lowered form that backends emit; each of its operators has an implementation in every
-backend, so its table is explicit.
+backend, so its table is explicit. ``cuda`` adds the linear on packed weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ SIZE_OPS = frozenset(
     ).split()
 )
 MQC_FLOAT_OPS = frozenset(
-    ("mqc.hadamard.default", "mqc.rank_update.default"),
+    ("mqc.hadamard.default", "mqc.rank_update.default", "mqc.gated_delta.default"),
 )
 MQC_QUANTIZED_OPS = MQC_FLOAT_OPS | frozenset(
     f"mqc.{name}.default"
@@ -120,5 +120,6 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("captured"),
         Dialect("canonical", banned=UNCANONICAL_OPS),
         Dialect("quantized", legal=_SHARED | MQC_QUANTIZED_OPS),
+        Dialect("cuda", legal=_SHARED | MQC_QUANTIZED_OPS | {"mqc_cuda.linear.default"}),
     )
 }

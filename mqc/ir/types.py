@@ -111,5 +111,9 @@ class Port:
 
 
 def is_cache(port: Port) -> bool:
-    """Whether a port is a KV cache: growing (axis "past") or of fixed capacity."""
-    return port.axis("past") is not None or port.axis("capacity") is not None
+    """Whether a port is part of the decoder's cache.
+
+    Keys and values that grow (axis "past") or have room (axis "capacity"), or the memory of a
+    recurrent layer (axis "memory").
+    """
+    return any(port.axis(role) is not None for role in ("past", "capacity", "memory"))

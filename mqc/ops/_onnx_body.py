@@ -62,19 +62,23 @@ class Body:
         values: Sequence[str],
         axis: int,
         step: Callable[[Body, str, Sequence[str]], tuple[str, str]],
+        ranks: tuple[int, int],
     ) -> tuple[str, str]:
         """A recurrence along ``axis`` of float ``values``; returns (last state, all results).
 
-        ``step`` writes one step: from the state and the values' slices to (state, result).
+        ``step`` writes one step: from the state and the values' slices to (state, result), which
+        have ``ranks`` axes.
         """
         inner = Body(f"{self._prefix}{len(self.nodes)}s_")
         names = [f"{inner._prefix}in_{name}" for name in (state, *values)]
         made = step(inner, names[0], names[1:])
 
-        def info(name: str) -> onnx.ValueInfoProto:
-            return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        def info(name: str, rank: int | None = None) -> onnx.ValueInfoProto:
+            shape = None if rank is None else [f"{name}_{axis}" for axis in range(rank)]
+            return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
-        graph = helper.make_graph(inner.nodes, "step", [*map(info, names)], [*map(info, made)])
+        results = [info(name, rank) for name, rank in zip(made, ranks, strict=True)]
+        graph = helper.make_graph(inner.nodes, "step", [info(name) for name in names], results)
         outputs = [f"{self._prefix}{len(self.nodes)}_{name}" for name in ("state", "scan")]
         node = helper.make_node(
             "Scan",

@@ -41,13 +41,21 @@ from mqc.capture.adapters import (
     tables,
     windows,
 )
-from mqc.capture.adapters.base import Adapter, Call, DynamicSize, Features, VisionInput
+from mqc.capture.adapters.base import (
+    LINEAR_ATTENTION,
+    Adapter,
+    Call,
+    DynamicSize,
+    Features,
+    VisionInput,
+)
 from mqc.capture.adapters.grid import GridAdapter
 from mqc.capture.adapters.registry import adapter_for, is_registered, register
 
 register("internvl", "deepseek_vl")(Adapter)
 
 __all__ = [
+    "LINEAR_ATTENTION",
     "Adapter",
     "Call",
     "DynamicSize",

@@ -15,6 +15,9 @@ from mqc.errors import CaptureError, CheckpointError
 Call = dict[str, torch.Tensor]
 """Inputs of one call of the vision tower, by name."""
 
+LINEAR_ATTENTION = "linear_attention"
+"""The kind of a recurrent layer (:mod:`mqc.capture.recurrent`)."""
+
 Features = torch.Tensor | tuple[torch.Tensor, ...]
 """What a tower gives: rows [visual_tokens, hidden], the embeddings first, then the side inputs."""
 
@@ -94,14 +97,15 @@ class Adapter:
     def check(self) -> None:
         """Raise :class:`CaptureError` for a model that three plain graphs would compute wrongly.
 
-        The decoder keeps every key; layers with a recurrent state do not fit.
+        The decoder keeps every key, and the memory of gated DeltaNet layers.
         """
         kinds = set(self.attention_kinds()) - {"full_attention", "sliding_attention"}
         if kinds:
             raise CaptureError(
                 f"the language model {self.text_config.model_type!r} has layers of kind "
-                f"{', '.join(sorted(kinds))}; only full and sliding attention are supported",
-                hint="use a model whose layers all attend to their context",
+                f"{', '.join(sorted(kinds))}; only full, sliding and linear attention (gated "
+                "DeltaNet) are supported",
+                hint="use a model of such layers",
             )
         if getattr(self.text_config, "attn_logit_softcapping", None) is not None:
             raise CaptureError(
@@ -121,9 +125,15 @@ class Adapter:
         if not getattr(config, "use_sliding_window", True) or (limit and window and window > limit):
             window = None
         kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+        kinds.pop(LINEAR_ATTENTION, None)  # it takes no mask
         if not kinds:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers of the language model keep a memory in place of keys and values."""
+        return LINEAR_ATTENTION in (getattr(self.text_config, "layer_types", None) or ())
 
     # -- capture ---------------------------------------------------------------------------------
 

@@ -115,10 +115,35 @@ def _strip(config: Any, size: tuple[int, int], generator: Generator) -> Image:
     return Image(height * width // 16, values, axes={"pixel_values": -1})
 
 
+def _hybrid() -> PretrainedConfig:
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 1],
+        "mrope_interleaved": True,
+    }
+    text = text_config(
+        "qwen3_5_text",
+        140,
+        head_dim=12,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=12,
+        linear_value_head_dim=10,
+        linear_conv_kernel_dim=4,
+        rope_parameters=rope,
+    )
+    return _minicpm(**text)
+
+
 _STRIPS = ((4, 8), (4, 4), (8, 12), (12, 4))
 MORE = {
     "deepseek_vl": Family(_deepseek_vl, (1, 2, 3), _squares),
     "ovis2": Family(_ovis2, (1, 2, 4), _framed),
+    "minicpmv4_6": Family(_hybrid, _STRIPS, _strip),
     "minicpmv4_6:dense": Family(
         lambda: _minicpm(**text_config("qwen3", 140, head_dim=12)), _STRIPS, _strip
     ),

@@ -38,7 +38,7 @@ from mqc.transform.equivalence import end_to_end_error
 
 ANSWER = 8
 """Tokens generated for each prompt."""
-_LAST = ("aifs-reorder", "cleanup")
+_AIFS = "aifs-reorder"
 _QUANTIZED = tuple(
     getattr(torch.ops.mqc, name).default
     for name in ("linear_w4a8", "linear_w8a8", "linear_w4a16", "linear_w8a16")
@@ -108,12 +108,13 @@ def _measure(row: Row, scheme_name: str) -> None:
 
     data = family_samples(family, model.config, torch.float32, 6, seed=1)
     context = PassContext(scheme, [family_prompt(adapter, sample) for sample in data])
-    first = PassManager([item for item in passes if item.name not in _LAST])
+    place = [item.name for item in passes].index(_AIFS)
+    first, final = PassManager(passes[:place]), PassManager(passes[place:])
     quantized = first.run(program.to(torch.float32), context)
-    last = [item for item in passes if item.name in _LAST]
-    final = PassManager(last)
     compiled = final.run(quantized, context)
-    plain = PassManager(last[1:]).run(quantized, context)
+    natural = {item.name for item in default_passes(scheme.replace(aifs=False))}
+    last = [item for item in passes[place:] if item.name in natural]
+    plain = PassManager(last).run(quantized, context)
     records = [*first.records, *final.records]
     row.skips = [f"{r.name}: {s.where}: {s.reason}" for r in records for s in r.skips]
     prepared = PassManager(passes[:2]).run(program.to(torch.float32), PassContext(scheme))
