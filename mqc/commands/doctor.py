@@ -41,6 +41,7 @@ def findings() -> list[Finding]:
         _cpu(),
         _gpu(),
         _nvcc(),
+        _cuda_kernels(),
         _cache(),
     ]
 
@@ -150,6 +151,20 @@ def _nvcc() -> Finding:
         return Finding("nvcc", "none", "note", "the CUDA kernels cannot be built here")
     release = next((line for line in text.splitlines() if "release" in line), text.strip())
     return Finding("nvcc", f"{release.split('release')[-1].strip()} ({path})")
+
+
+def _cuda_kernels() -> Finding:
+    from mqc.cuda.library import KernelError, Library, library_path
+
+    path = library_path()
+    if path is None:
+        remedy = "with nvcc 12.5 or later: python -m mqc.cuda.build"
+        return Finding("cuda kernels", "not built", "note", remedy)
+    try:
+        library = Library(path)
+    except KernelError as error:
+        return Finding("cuda kernels", "broken", "problem", str(error))
+    return Finding("cuda kernels", str(library.path))
 
 
 def _cache() -> Finding:

@@ -71,3 +71,15 @@ def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(library.KernelError, match="was not built") as caught:
         library.load()
     assert "mqc.cuda.build" in str(caught.value)
+
+
+def test_doctor_tells_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mqc.commands import doctor
+
+    monkeypatch.setenv(library.PATH_VARIABLE, str(tmp_path / "none.so"))
+    found = {finding.what: finding for finding in doctor.findings()}["cuda kernels"]
+    assert found.level == "problem" and "cannot be loaded" in found.meaning
+    monkeypatch.delenv(library.PATH_VARIABLE)
+    monkeypatch.setattr(library, "FILE_NAME", "nothing.so")
+    found = {finding.what: finding for finding in doctor.findings()}["cuda kernels"]
+    assert found.level == "note" and "mqc.cuda.build" in found.meaning
