@@ -9,6 +9,7 @@ A package adds a target by an entry point in the group ``mqc.targets``::
 from __future__ import annotations
 
 import importlib
+import inspect
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from mqc.artifact import ArtifactWriter, read_manifest
 from mqc.errors import TargetError, UsageError
 from mqc.host.runnable import Runnable
 from mqc.ir import Program
+from mqc.spec.fields import nearest
 
 GROUP = "mqc.targets"
 
@@ -84,14 +86,24 @@ def get_target(name: str) -> Target:
     return _instance(name, found)
 
 
-def load_artifact(path: str | Path) -> Runnable:
-    """Open an artifact with the target that its manifest names."""
+def load_artifact(path: str | Path, **options: Any) -> Runnable:
+    """Open an artifact with the target that its manifest names, and options of that target.
+
+    Raises :class:`UsageError` for an option that the target's ``load`` does not take.
+    """
     manifest = read_manifest(path)
     target = get_target(manifest["target"])
     reason = target.available()
     if reason is not None:
         raise TargetError(f"artifact {path} is for target {target.name!r}: {reason}")
-    return target.load(Path(path))
+    known = list(inspect.signature(target.load).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise UsageError(
+                f"target {target.name!r} has no option {name!r}",
+                hint=nearest(name, known) if known else "load it without options",
+            )
+    return target.load(Path(path), **options)
 
 
 def _instance(name: str, found: Any) -> Target:

@@ -117,7 +117,7 @@ def compile(  # noqa: A001  (mqc.compile)
     """
     start = time.perf_counter()
     report = reporter or Silent()
-    chosen = make_recipe(scheme, recipe, overrides)
+    chosen = make_recipe(scheme, recipe, overrides, target)
     plan = chosen.scheme if seed is None else chosen.scheme.replace(seed=seed)
     backend = _usable_target(target)
     pipeline = default_passes(plan, [*chosen.passes, *passes])

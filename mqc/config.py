@@ -160,17 +160,29 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+def _target_defaults(target: str, scheme: Scheme) -> Mapping[str, Any]:
+    """What a target changes in a scheme where the user says nothing else."""
+    from mqc.backends.registry import get_target
+
+    defaults = getattr(get_target(target), "defaults", None)
+    changes: Mapping[str, Any] = {} if defaults is None else defaults(scheme)
+    return changes
+
+
 def make_recipe(
     scheme: str | Scheme | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Sequence[str | Mapping[str, Any]] = (),
+    target: str | None = None,
 ) -> Recipe:
-    """The recipe from all sources; later ones win: base scheme, recipe, overrides.
+    """The recipe from all sources; later ones win: base scheme, target, recipe, overrides.
 
     Args:
         scheme: a scheme or its name; over the recipe's ``base``; ``w4a8`` where neither says.
         recipe: file, shipped recipe's name, or mapping.
         overrides: ``key=value`` texts or mappings, applied in order.
+        target: name of the target whose own choices stand over a named scheme's; a
+            :class:`Scheme` is taken as it is.
 
     Raises:
         UsageError: naming the key or value that is wrong.
@@ -184,6 +196,8 @@ def make_recipe(
         )
     start = scheme if isinstance(scheme, Scheme) else named_scheme(str(scheme or base))
     changes: dict[str, Any] = {}
+    if target is not None and not isinstance(scheme, Scheme):
+        _merge(changes, _target_defaults(target, start))
     for layer in (data, *overrides):
         _merge(changes, parse_override(layer) if isinstance(layer, str) else layer)
     return Recipe(apply(start, changes), tuple(passes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mqc.artifact import MANIFEST
 from mqc.backends.registry import load_artifact
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(artifact: str | Path) -> Runnable:
-    """Open an artifact: ``mqc.load(path).generate(prompt="...", images=["a.png"])``."""
-    return load_artifact(artifact)
+def load(artifact: str | Path, **options: Any) -> Runnable:
+    """Open an artifact: ``mqc.load(path).generate(prompt="...", images=["a.png"])``.
+
+    ``options`` are the target's, e.g. ``device="reference"`` or ``kv_cache="int8"`` for ``cuda``.
+    """
+    return load_artifact(artifact, **options)
 
 
 def load_float(

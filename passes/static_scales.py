@@ -17,7 +17,7 @@ from mqc.ir import Component, Program, TensorType
 from mqc.ir.edit import call, get_param, param_value, replace, tensor_type
 from mqc.numerics.packing import unpack_int4
 from mqc.passes.modality_split import INPUT
-from mqc.spec import ActivationSpec, Scheme, named_scheme
+from mqc.spec import ActivationSpec, ComponentScheme, Scheme, named_scheme
 from mqc.transform import Pass, PassContext, PassResult, Skip
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class StaticScales(Pass):
     that meet only zero weights (split off by ``rms-suppress``) do not count for the range.
     Calibration goes layer by layer through what is already quantized.
 
-    Postcondition: in a component with activation bits every weight-quantized linear but the head
-    is ``mqc::linear_w4a8`` or ``linear_w8a8`` behind ``mqc::quantize_static``.
+    Postcondition: in a component with activation bits every weight-quantized linear is
+    ``mqc::linear_w4a8`` or ``linear_w8a8`` behind ``mqc::quantize_static``; the head only where
+    the scheme says so, with one scale for the rows that it is asked for.
     """
 
     name = "static-scales"
@@ -61,11 +62,17 @@ class StaticScales(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program)
         for component in program:
-            spec = self.scheme.component(component.name).activations
-            if spec.quantized and any(n.target in _INTEGER for n in component.graph.nodes):
+            spec = self.scheme.component(component.name)
+            found = any(n.target in _INTEGER for n in component.graph.nodes)
+            if spec.activations.quantized and found:
                 samples = component_samples(program, ctx.calibration, component.name)
                 _Scaler(program, component, spec, result, ctx).run(samples)
         return result
+
+
+def _observer(spec: ActivationSpec) -> Observer:
+    options = {"percentile": spec.percentile} if spec.observer == "percentile" else {}
+    return make_observer(spec.observer, spec.bits or 8, **options)
 
 
 class _Scaler:
@@ -73,7 +80,7 @@ class _Scaler:
         self,
         program: Program,
         component: Component,
-        spec: ActivationSpec,
+        spec: ComponentScheme,
         result: PassResult,
         ctx: PassContext,
     ) -> None:
@@ -107,17 +114,21 @@ class _Scaler:
         )
 
     def _wanted(self, node: fx.Node) -> bool:
-        """A weight-quantized linear that is not the head (whose rows the host asks for)."""
-        if node.target not in _INTEGER:
-            return False
+        """A weight-quantized linear, the head only where its activations are quantized."""
+        return node.target in _INTEGER and (self.spec.static_head or not self._is_head(node))
+
+    def _is_head(self, node: fx.Node) -> bool:
+        """Whether a linear's rows are those that the host asks for."""
         rows = tensor_type(node).shape[:-1]
-        return all(rows != port.type.shape for port in self.asked)
+        return any(rows == port.type.shape for port in self.asked)
 
     def _quantize(self, first: fx.Node, value: fx.Node, values: Values) -> fx.Node:
         """Calibrate ``value``, quantize it before ``first``, and let all its linears read that."""
-        mixed = self.domains.get(value) == MIXED and self.component.has_input(INPUT)
+        head = self._is_head(first)
+        mixed = self.domains.get(value) == MIXED and self.component.has_input(INPUT) and not head
         modality = self.component.placeholder(INPUT) if mixed else None
-        scales = self._observe(value, values, modality)
+        spec = self.spec.head_activations if head else self.spec.activations
+        scales = self._observe(value, values, modality, spec)
         graph = first.graph
         with graph.inserting_before(first):
             tensor = torch.tensor(scales, dtype=self.program.dtype)
@@ -147,9 +158,11 @@ class _Scaler:
         )
         return integers
 
-    def _observe(self, value: fx.Node, values: Values, modality: fx.Node | None) -> list[float]:
+    def _observe(
+        self, value: fx.Node, values: Values, modality: fx.Node | None, spec: ActivationSpec
+    ) -> list[float]:
         count = 1 if modality is None else len(Modality)
-        observers = [self._observer() for _ in range(count)]
+        observers = [_observer(spec) for _ in range(count)]
         rows = [0] * count
         keep = ~self._ignored(value)
         masks: list[Any] = [None] * len(values(value)) if modality is None else values(modality)
@@ -174,10 +187,6 @@ class _Scaler:
         if not seen:
             return [observers[0].scale()]  # raises the observer's own error
         return [o.scale() if n else max(seen) for o, n in zip(observers, rows, strict=True)]
-
-    def _observer(self) -> Observer:
-        options = {"percentile": self.spec.percentile} if self.spec.observer == "percentile" else {}
-        return make_observer(self.spec.observer, self.spec.bits or 8, **options)
 
     def _ignored(self, value: fx.Node) -> Tensor:
         """Channels of ``value`` that only meet zero weights in the linears that read it."""

@@ -1,4 +1,4 @@
-"""Target ``cuda``: registered, so that programs can be lowered for it; it emits nothing yet."""
+"""Target ``cuda``: lowering, artifacts and runtime over the kernels of ``mqc.cuda``."""
 
 from mqc.backends.cuda.target import CudaTarget
 

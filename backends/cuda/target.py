@@ -1,41 +1,171 @@
-"""Target ``cuda``: its dialect is the quantized one; emission and runtime are not in this build."""
+"""Target ``cuda``: compiles anywhere, runs on an NVIDIA GPU, and by definition on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mqc.artifact import ArtifactWriter
-from mqc.errors import TargetError
-from mqc.host.runnable import Runnable
+from mqc.errors import MqcError, TargetError, UsageError
+from mqc.host.engine import Engine
+from mqc.host.runnable import Runnable, load_runnable
 from mqc.ir import Program
 
-HINT = "use --target onnx or --target reference"
+if TYPE_CHECKING:
+    from mqc.spec import Scheme
+
+DEVICES = ("cuda", "reference")
+HEAD_ROWS = {"bits": 8, "observer": "percentile"}
+ELSEWHERE = "run it by definition on the CPU with device=reference, or compile for --target onnx"
 
 
 class CudaTarget:
-    """Lowers programs; raises :class:`~mqc.errors.TargetError` where a kernel would be needed."""
+    """W4A8 and W8A8 by the kernels of ``libmqc_cuda.so``, decoding under CUDA graphs.
+
+    Args:
+        dtype: of activations and caches: "bf16", "f16" or "f32". bf16 has the range of the models'
+            residual streams, which f16 has not.
+    """
 
     name = "cuda"
-    dialect = "quantized"
-    description = "CUDA kernels for W4A8 (not available in this build)"
+    dialect = "cuda"
+    description = "CUDA kernels for W4A8 and W8A8; compiles without a GPU, needs one to run"
+
+    def __init__(self, dtype: str = "bf16") -> None:
+        self.dtype = dtype
 
     def available(self) -> str | None:
-        """Why nothing can be emitted or run."""
-        return f"not available in this build; {HINT}"
+        """None: an artifact can be made anywhere. :func:`missing` says what running needs."""
+        return None
+
+    def defaults(self, scheme: Scheme) -> dict[str, Any]:
+        """What this target changes in a scheme where the user says nothing else.
+
+        The head is W8A8: in half precision it would be a tenth of a decoding step's bytes. Rows
+        keep their order: a scale looked up by row costs the kernels nothing, and attention stays
+        causal, which the fast kernels for it need.
+        """
+        changes: dict[str, Any] = {}
+        decoder = scheme.component("decoder")
+        if decoder.activations.quantized:
+            changes["decoder"] = {"head": {"bits": 8}, "head_activations": HEAD_ROWS}
+        if scheme.aifs:
+            changes["aifs"] = False
+        return changes
 
     def lower(self, program: Program) -> Program:
-        """A copy: every operator of the quantized dialect is an operator of this target."""
-        return program.copy()
+        """A copy with fused operators and packed weights, computing in :attr:`dtype`."""
+        from mqc.backends.cuda.lower import lower
 
-    def emit(self, program: Program, writer: ArtifactWriter) -> NoReturn:
-        """Raises :class:`~mqc.errors.TargetError`."""
-        raise _not_available("emit")
+        return lower(program, self.dtype)[0]
 
-    def load(self, path: Path) -> Runnable:
-        """Raises :class:`~mqc.errors.TargetError`."""
-        raise _not_available("load")
+    def emit(self, program: Program, writer: ArtifactWriter) -> None:
+        """Write ``program/`` and ``plan.json``."""
+        from mqc.backends.cuda.emit import emit
+
+        emit(program, writer)
+
+    def load(
+        self,
+        path: Path,
+        *,
+        device: str = "cuda",
+        kv_cache: str = "float",
+        graphs: bool = True,
+        capacity: int = 1024,
+    ) -> Runnable:
+        """Open an artifact that :meth:`emit` wrote.
+
+        Args:
+            path: its folder.
+            device: "cuda", or "reference" to compute every operator by its definition on the CPU.
+            kv_cache: "float", or "int8" with one scale a row.
+            graphs: record decode steps as CUDA graphs.
+            capacity: rows of the smallest KV buffer; larger ones are made when needed.
+
+        Raises:
+            TargetError: no GPU, or no kernel library, with what to do about it.
+            UsageError: an unknown option.
+        """
+        if device not in DEVICES:
+            raise UsageError(
+                f"unknown device {device!r} for target 'cuda'", hint=f"use {' or '.join(DEVICES)}"
+            )
+        if device == "cuda":
+            require_device(path)
+
+        def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
+            return open_engine(
+                folder, device=device, kv_cache=kv_cache, graphs=graphs, capacity=capacity
+            )
+
+        return load_runnable(path, engine)
 
 
-def _not_available(action: str) -> TargetError:
-    return TargetError(f"target 'cuda' cannot {action}: not available in this build", hint=HINT)
+def open_engine(folder: Path, *, device: str, kv_cache: str, graphs: bool, capacity: int) -> Engine:
+    """The engine of an artifact; see :meth:`CudaTarget.load`."""
+    from mqc.backends.cuda.emit import read_plan, read_program
+    from mqc.backends.cuda.engine import CudaEngine
+    from mqc.backends.cuda.graphs import call_again, record_graph
+    from mqc.backends.cuda.kernels import Kernels, ReferenceKernels
+
+    kernels: Kernels = ReferenceKernels() if device == "reference" else device_kernels()
+    return CudaEngine(
+        read_program(folder),
+        kernels,
+        plans=read_plan(folder),
+        record=record_graph if graphs and device == "cuda" else call_again,
+        kv_cache=kv_cache,
+        capacity=capacity,
+    )
+
+
+def device_kernels() -> Any:
+    """The library's kernels on the current CUDA device."""
+    from mqc.backends.cuda.native import NativeKernels
+    from mqc.cuda.library import load
+
+    library = load()
+    torch.cuda.init()
+    library.check_device()
+    return NativeKernels(library, torch.device("cuda", torch.cuda.current_device()))
+
+
+def missing() -> list[tuple[str, str]]:
+    """(what running on a GPU lacks here, what to do), in the order to do it."""
+    from mqc.cuda.library import library_path, load
+
+    found: list[tuple[str, str]] = []
+    if not torch.cuda.is_available():
+        found.append(_no_gpu())
+    try:
+        library = load()
+        if not found:
+            torch.cuda.init()
+            library.check_device()
+    except MqcError as error:
+        what = "the kernel library is missing" if library_path() is None else error.message
+        found.append((what, error.hint or ""))
+    return found
+
+
+def _no_gpu() -> tuple[str, str]:
+    if torch.version.cuda is None:
+        return (
+            f"this torch ({torch.__version__}) is built without CUDA",
+            "install a CUDA build of torch on a machine with an NVIDIA GPU",
+        )
+    return "torch finds no NVIDIA GPU", "use a machine with one, and check its driver: nvidia-smi"
+
+
+def require_device(path: Path) -> None:
+    """Raise :class:`TargetError` where artifact ``path`` cannot run on a GPU here."""
+    lacks = missing()
+    if lacks:
+        raise TargetError(
+            f"artifact {path} needs an NVIDIA GPU: {'; '.join(what for what, _ in lacks)}",
+            hint="; ".join([remedy for _, remedy in lacks if remedy] + [ELSEWHERE]),
+        )

@@ -120,6 +120,22 @@ class ProgressReporter:
         )
 
 
+def key_values(texts: Sequence[str]) -> dict[str, Any]:
+    """``["kv_cache=int8", "graphs=false"]`` as a mapping, values read as YAML.
+
+    Raises :class:`UsageError` for a text without ``=``.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (equals and key.strip()):
+            raise UsageError(f"{text!r} is not key=value", hint="for example: kv_cache=int8")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
+
+
 @contextmanager
 def progress_bars() -> Iterator[ProgressReporter]:
     """A reporter whose bars vanish at the end."""

@@ -64,6 +64,7 @@ def compile_command(
     chosen = make_recipe(scheme, recipe, overrides)  # wrong values are told before torch loads
     from mqc import api
 
+    chosen = make_recipe(scheme, recipe, overrides, target)
     with common.progress_bars() as reporter:
         report = api.compile(
             model,

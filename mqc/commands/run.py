@@ -24,6 +24,10 @@ def run_command(
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
     ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the target: --runtime kv_cache=int8 (repeatable)."),
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
     """Ask an artifact about images; the answer is streamed.
@@ -37,7 +41,7 @@ def run_command(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    runnable = api.load(artifact)
+    runnable = api.load(artifact, **common.key_values(runtime or []))
     result = runnable.generate(
         prompt=prompt,
         images=list(images or ()),

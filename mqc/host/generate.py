@@ -12,7 +12,7 @@ import torch
 
 from mqc.errors import UsageError
 from mqc.host.batch import Padding
-from mqc.host.engine import Engine, decode_step, prefill
+from mqc.host.engine import Engine, decode_step, greedy_step, prefill
 from mqc.host.prompt import Prompt
 
 
@@ -146,8 +146,8 @@ def steps(
     generator = sampling.generator()
     state = prefill(engine, prompts, chunk, padding)
     running = set(range(len(prompts)))
+    tokens = sampling.choose(state.logits, generator)
     for count in range(1, max_new_tokens + 1):
-        tokens = sampling.choose(state.logits, generator)
         for row in sorted(running):
             token = int(tokens[row])
             last = token in stops or count == max_new_tokens
@@ -156,7 +156,12 @@ def steps(
             yield Token(row, token, last)
         if not running:
             return
-        state = decode_step(engine, state, tokens)
+        chosen = greedy_step(engine, state, tokens) if sampling.temperature == 0 else None
+        if chosen is not None:
+            tokens, state = chosen
+        else:
+            state = decode_step(engine, state, tokens)
+            tokens = sampling.choose(state.logits, generator)
 
 
 def _room(engine: Engine, prompts: Sequence[Prompt]) -> int:

@@ -76,7 +76,6 @@ def test_wrong_usage_is_exit_2_and_names_the_cause(args: list[str], message: str
     ("args", "message"),
     [
         (["compile", "./no/such/folder"], "does not exist"),
-        (["compile", "tiny-qwen2-vl", "--target", "cuda"], "not available in this build"),
         (["inspect", "/no/such/artifact"], "does not exist"),
         (["run", "/no/such/artifact", "--prompt", "x"], "does not exist"),
         (["eval", "./no/such/model"], "does not exist"),

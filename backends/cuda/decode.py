@@ -1,0 +1,123 @@
+"""Decode steps recorded for one batch bucket: static buffers in, static results out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqc.backends.cuda.executor import Arena, Call, Executor
+from mqc.backends.cuda.graphs import Recorder
+from mqc.backends.cuda.plan import Value
+from mqc.backends.cuda.slots import Slot
+from mqc.ir import Port
+
+
+class DecodeStep:
+    """One token for every sequence of a slot.
+
+    The recorded step starts from token ids, and ends with the next ones: it appends a row to the
+    cache, moves ``past`` and the positions on and opens the mask's next column, all on the device,
+    so that replays may follow each other without the host.
+
+    Args:
+        decoder, embed: executors.
+        values: the decoder's memory plan.
+        slot: whose caches it reads and writes.
+        axes: leading axes of the position ids, () or (3,).
+        record: makes the replay.
+    """
+
+    def __init__(
+        self,
+        decoder: Executor,
+        embed: Executor,
+        values: list[Value],
+        slot: Slot,
+        axes: tuple[int, ...],
+        record: Recorder,
+    ) -> None:
+        self.slot = slot
+        self._decoder, self._embed = decoder, embed
+        device, batch = decoder.kernels.device, slot.batch
+        sizes = {"batch": batch, "tokens": 1, "rows": 1, "capacity": slot.capacity}
+        self.arena = Arena(values, sizes, device)
+        self._embed_arena = Arena((), {}, device)
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.ids = torch.zeros(batch, 1, **integers)
+        self.positions = torch.zeros(*axes, batch, 1, **integers)
+        # Warm-up writes the last row of the cache, which no sequence has reached.
+        self.past = torch.full((1,), slot.capacity - 1, **integers)
+        self.mask = torch.ones(batch, 1, 1, slot.capacity, dtype=torch.bool, device=device)
+        self._constants = self._constant_inputs(decoder.component.inputs)
+        self._replay, (self.tokens, self.logits) = record(self._step)
+
+    def _constant_inputs(self, ports: list[Port]) -> dict[str, Tensor]:
+        """A text token's inputs: not visual, nothing from the tower, the only row is wanted."""
+        device, batch = self._decoder.kernels.device, self.slot.batch
+        found = {}
+        for port in ports:
+            if port.name in ("inputs_embeds", "position_ids", "mask", "past"):
+                continue
+            if "capacity" in port.axes:
+                continue
+            shape = [size if isinstance(size, int) else 1 for size in port.type.shape]
+            shape[port.axes.index("batch")] = batch
+            found[port.name] = torch.zeros(shape, dtype=port.type.dtype, device=device)
+        return found
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            (embeds,) = self._embed.run({"input_ids": self.ids}, Call(self._embed_arena))
+            ports = self._decoder.component.inputs
+            kinds = {port.name: port.type.dtype for port in ports}
+            inputs: dict[str, Any] = {
+                **self._constants,
+                "inputs_embeds": embeds.to(kinds["inputs_embeds"]),
+                "position_ids": self.positions,
+                "mask": self.mask,
+                "past": self.past,
+            }
+            names = [port.name for port in ports if "capacity" in port.axes]
+            inputs.update(zip(names, self.slot.caches, strict=True))
+            logits = self._decoder.run(inputs, Call(self.arena))[0][:, 0]
+            tokens = self._decoder.kernels.argmax(logits)
+            self.ids.copy_(tokens[:, None])
+            self.positions.add_(1)
+            self.past.add_(1).clamp_(max=self.slot.capacity - 1)
+            self.mask.index_fill_(3, self.past, True)
+            return tokens, logits
+
+    def start(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: int) -> None:
+        """Set the inputs: tokens int64 [B], positions [.., B, 1], mask bool [B, 1, 1, past + 1].
+
+        Rows of the bucket beyond B repeat nothing: they attend their own token alone.
+        """
+        batch = tokens.shape[0]
+        self.ids[:batch, 0].copy_(tokens)
+        self.positions[..., :batch, :].copy_(positions)
+        self.past.fill_(past)
+        columns = torch.zeros(self.slot.batch, 1, 1, self.slot.capacity, dtype=torch.bool)
+        columns[:batch, ..., : past + 1] = mask
+        columns[:, ..., past] = True
+        self.mask.copy_(columns)
+
+    def run(self) -> None:
+        """One step: ``tokens`` int64 [bucket] and ``logits`` [bucket, vocab] are new afterwards."""
+        self._replay()
+
+
+def sizes_of(ports: list[Port], inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Values of the symbols in ports' shapes that inputs decide: ``s`` and ``4*s`` alike."""
+    found: dict[str, int] = {}
+    for port in ports:
+        value = inputs.get(port.name)
+        if value is None:
+            continue
+        for size, actual in zip(port.type.shape, value.shape, strict=True):
+            factor, _, symbol = str(size).rpartition("*")
+            if isinstance(size, str) and symbol.isidentifier() and (not factor or factor.isdigit()):
+                found[symbol] = actual // int(factor or 1)
+    return found

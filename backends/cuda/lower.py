@@ -1,0 +1,202 @@
+"""A quantized program as the CUDA target runs it: fused operators and weights packed for kernels.
+
+What is computed stays the same in float32; in a half type only the places of rounding change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from mqc.backends.cuda.half import to_half
+from mqc.backends.cuda.ops import LINEAR
+from mqc.cuda.pack import Layout, pack_linear
+from mqc.errors import TargetError
+from mqc.ir import Component, Program, TensorType, verify
+from mqc.ir.edit import (
+    argument,
+    aten,
+    call,
+    eliminate_dead_code,
+    param_value,
+    replace,
+    tensor_type,
+)
+from mqc.ir.params import Loader
+from mqc.numerics.packing import unpack_int4
+from mqc.passes.registry import PASSES
+from mqc.transform import PassContext, PassManager
+
+DIALECT = "cuda"
+FUSIONS = ("merge-linears", "fuse-quantize", "fuse-attention", "fuse-residual")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+_mqc = torch.ops.mqc
+_INTEGER = {_mqc.linear_w4a8.default: 4, _mqc.linear_w8a8.default: 8}
+_WEIGHT_ONLY = {_mqc.linear_w4a16.default: 4, _mqc.linear_w8a16.default: 8}
+
+
+def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int]]:
+    """A copy of ``program`` in dialect ``cuda``, and how many of each rewrite were done.
+
+    Args:
+        program: after the passes, in float32.
+        dtype: of activations and the KV cache on the device: a key of ``DTYPES``. Scales, biases
+            and the accumulators are float32 in any case.
+
+    Raises:
+        TargetError: an unknown dtype, or weights that no kernel takes.
+    """
+    if dtype not in DTYPES:
+        raise TargetError(
+            f"the cuda target cannot compute in {dtype!r}", hint=f"use {', '.join(DTYPES)}"
+        )
+    if program.dtype != torch.float32:
+        program = program.to(torch.float32)
+    manager = PassManager([PASSES[name]() for name in FUSIONS])
+    result = manager.run(program, PassContext())
+    counts: Counter[str] = Counter()
+    for record in manager.records:
+        counts.update(record.counts)
+    for component in result:
+        _pack_linears(result, component, counts)
+        _widen_weight_only(result, component, counts)
+        _split_columns(result, component)
+    if DTYPES[dtype] != torch.float32:
+        to_half(result, DTYPES[dtype])
+    _float_logits(result)
+    eliminate_dead_code(result)
+    result.prune()
+    result.dialect = DIALECT
+    result.facts["cuda"] = {
+        "dtype": dtype,
+        "layouts": {layout.name: int(layout) for layout in Layout},
+        "rewrites": dict(sorted(counts.items())),
+    }
+    verify(result)
+    return result, dict(counts)
+
+
+def _pack_linears(program: Program, component: Component, counts: Counter[str]) -> None:
+    """``linear_w4a8`` and ``linear_w8a8`` -> ``mqc_cuda::linear`` on packed weights."""
+    for node in list(component.graph.nodes):
+        if node.target not in _INTEGER:
+            continue
+        weight, scale = node.args[1], node.args[2]
+        name = str(node.meta.get("layer") or weight.target)
+        if tensor_type(scale).rank != 1:
+            raise TargetError(
+                f"{name} has one weight scale per group of inputs; the CUDA kernels take one per "
+                "output channel",
+                hint="compile without group_size, or for another target",
+            )
+        k = tensor_type(node.args[0]).shape[-1]
+        n = tensor_type(scale).shape[0]
+        assert isinstance(k, int) and isinstance(n, int)
+        layout = Layout.W4_64X128 if _INTEGER[node.target] == 4 else Layout.W8_64X128
+        packed = f"{weight.target}.packed"
+        if packed not in program.params:
+            program.params[packed] = _packed(program, str(weight.target), k, layout.nbytes(n, k))
+        graph = component.graph
+        with graph.inserting_before(node):
+            stored = graph.create_node("get_attr", packed)
+            stored.meta = {"type": TensorType((layout.nbytes(n, k),), torch.uint8)}
+            args = [node.args[0], stored, *(argument(node, index) for index in range(2, 9))]
+            args += [int(layout), torch.float32]
+            new = call(graph, LINEAR, tuple(args), tensor_type(node), node)
+        new.meta.update({key: node.meta[key] for key in ("bits", "layer") if key in node.meta})
+        replace(node, new)
+        counts["packed weights"] += 1
+
+
+def _packed(program: Program, name: str, k: int, size: int) -> Loader:
+    source = program.params.copy()
+
+    def load() -> torch.Tensor:
+        weight = source[name]
+        if weight.is_meta:
+            return torch.empty(size, dtype=torch.uint8, device="meta")
+        return pack_linear(weight, k)[0]
+
+    return load
+
+
+def _widen_weight_only(program: Program, component: Component, counts: Counter[str]) -> None:
+    """Weight-only linears as float ones: the library has no kernel for float activations."""
+    for node in list(component.graph.nodes):
+        if node.target not in _WEIGHT_ONLY:
+            continue
+        x, weight, scale, bias = node.args[:4]
+        kind = tensor_type(node)
+        k, n = tensor_type(x).shape[-1], kind.shape[-1]
+        assert isinstance(k, int) and isinstance(n, int)
+        name = f"{weight.target}.float"
+        if name not in program.params:
+            program.params[name] = _dequantized(program, str(weight.target), str(scale.target), k)
+        graph = component.graph
+        with graph.inserting_before(node):
+            stored = graph.create_node("get_attr", name)
+            stored.meta = {"type": TensorType((n, k), torch.float32)}
+            new = call(graph, aten.linear.default, (x, stored, bias), kind, node)
+            if argument(node, 4) is not None:
+                args = (new, argument(node, 4), argument(node, 5))
+                new = call(graph, _mqc.rank_update.default, args, kind, node)
+            if argument(node, 6) is not None:
+                new = call(graph, aten.add.Tensor, (new, argument(node, 6)), kind, node)
+        replace(node, new)
+        counts["widened to float"] += 1
+
+
+def _dequantized(program: Program, weight: str, scale: str, k: int) -> Loader:
+    source = program.params.copy()
+
+    def load() -> torch.Tensor:
+        q, s = source[weight], source[scale]
+        q = unpack_int4(q, k) if q.dtype == torch.uint8 else q
+        s = s.reshape(s.shape[0], -1)
+        return (q.to(s.dtype).reshape(q.shape[0], s.shape[1], -1) * s[:, :, None]).reshape(q.shape)
+
+    return load
+
+
+def _split_columns(program: Program, component: Component) -> None:
+    """Column indices as int32, as the kernels read them."""
+    for node in component.graph.nodes:
+        place = {_mqc.rms_norm_quantize.default: 4, _mqc.activation_quantize.default: 6}.get(
+            node.target
+        )
+        split = argument(node, place) if place is not None else None
+        if not isinstance(split, fx.Node) or tensor_type(split).dtype == torch.int32:
+            continue
+        value = param_value(program.params, split)
+        assert value is not None and place is not None
+        name = f"{split.target}.i32"
+        program.params[name] = value.to(torch.int32)
+        with component.graph.inserting_before(node):
+            new = component.graph.create_node("get_attr", name)
+        new.meta = {"type": tensor_type(split).with_dtype(torch.int32)}
+        node.update_arg(place, new)
+
+
+def _float_logits(program: Program) -> None:
+    """The logits' linear gives float32: its sums are, and rounding them would only tie tokens."""
+    component = program.components["decoder"]
+    node: Any = component.output_value("logits")
+    chain = [node]
+    while node.target in (aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default):
+        node = node.args[0]
+        chain.append(node)
+    if node.target is not LINEAR or any(len(item.users) != 1 for item in chain):
+        return
+    node.update_arg(10, torch.float32)
+    for item in chain:
+        item.meta["type"] = tensor_type(item).with_dtype(torch.float32)
+    component.outputs = [
+        type(port)(port.name, port.type.with_dtype(torch.float32), port.axes)
+        if port.name == "logits"
+        else port
+        for port in component.outputs
+    ]

@@ -1,0 +1,94 @@
+"""mqc_cuda::linear: the integer linear on weights packed for the kernels, one operator for 4 and 8
+bits.
+
+The operator's CPU implementation unpacks and calls the definition (`mqc.ops`); the one for CUDA
+devices is registered by :mod:`mqc.backends.cuda.native`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import mqc.ops  # noqa: F401  (the operators that this one is defined by)
+from mqc.cuda.pack import Layout, unpack_weight
+
+LIBRARY = torch.library.Library("mqc_cuda", "DEF")
+SCHEMA = (
+    "(Tensor xq, Tensor weight, Tensor w_scale, Tensor x_scale, Tensor? modality, Tensor? bias, "
+    "Tensor? x_split, Tensor? w_split, Tensor? residual, int layout, ScalarType dtype) -> Tensor"
+)
+
+
+def reference(
+    xq: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    x_scale: Tensor,
+    modality: Tensor | None,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    layout: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """round((xq . w^T) * w_scale * x_scale[row] + bias + x_split @ w_split^T) [+ residual].
+
+    Args:
+        xq: int8 [..., K].
+        weight: uint8, an [N, K] weight packed in ``layout`` (:class:`mqc.cuda.pack.Layout`).
+        w_scale: float32 [N].
+        x_scale, modality: see `mqc.ops`.
+        bias: float32 [N] or None.
+        x_split, w_split: [..., k] in ``dtype`` and float32 [N, k], or None.
+        residual: [..., N] in ``dtype``, added after rounding, or None.
+        dtype: of the result [..., N]; the sum is float32 and rounded to it once.
+    """
+    integers = unpack_weight(weight, Layout(layout), w_scale.shape[0], xq.shape[-1])
+    return apply_unpacked(
+        xq, integers, w_scale, x_scale, modality, bias, x_split, w_split, residual, dtype
+    )
+
+
+def apply_unpacked(
+    xq: Tensor,
+    integers: Tensor,
+    w_scale: Tensor,
+    x_scale: Tensor,
+    modality: Tensor | None,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`reference` on the weight as int8 [N, K]."""
+    terms = (bias, x_split, w_split)
+    y: Tensor = torch.ops.mqc.linear_w8a8(xq, integers, w_scale, x_scale, modality, *terms)
+    y = y.to(dtype)
+    return y if residual is None else y + residual
+
+
+def fake(
+    xq: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    x_scale: Tensor,
+    modality: Tensor | None,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    layout: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Shape function: xq's rows times N."""
+    return xq.new_empty((*xq.shape[:-1], w_scale.shape[0]), dtype=dtype)
+
+
+LIBRARY.define(f"linear{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("linear", reference, "CPU")
+torch.library.register_fake("mqc_cuda::linear", fake, lib=LIBRARY)
+
+LINEAR = torch.ops.mqc_cuda.linear.default

@@ -1,0 +1,60 @@
+"""Quantized tiny models lowered for target cuda, made once a test process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import tiny
+import torch
+
+from mqc.backends.cuda.lower import lower
+from mqc.config import make_recipe
+from mqc.host import decode_step, prefill
+from mqc.host.engine import Engine
+from mqc.ir import Program
+from mqc.pipeline import make_passes, pass_names
+from mqc.testing import vqa
+from mqc.transform import PassContext, PassManager
+
+QUICK = [
+    f"{part}.weights.{what}"
+    for part in ("vision", "decoder")
+    for what in ("method=rtn", "clip=false")
+]
+"""Rounding weights to nearest takes a second; GPTQ is not what is tested here."""
+
+
+@cache
+def quantized(name: str, overrides: tuple[str, ...] = (), target: str = "cuda") -> Program:
+    """An embedded model after the passes of w4a8 as ``target`` wants them."""
+    run = tiny.runnable(name)
+    plan = make_recipe("w4a8", overrides=[*QUICK, *overrides], target=target).scheme
+    rows = (vqa.messages(vqa.sample("calibration", index)) for index in range(4))
+    context = PassContext(plan, [run.prompt(messages) for messages in rows], seed=0)
+    passes = make_passes(pass_names(plan), plan)
+    return PassManager(passes).run(tiny.program(name).copy(), context)
+
+
+@cache
+def lowered(name: str, dtype: str = "f32", overrides: tuple[str, ...] = ()) -> Program:
+    return lower(quantized(name, overrides), dtype)[0]
+
+
+def logits(
+    engine: Engine,
+    name: str,
+    chunk: int | None = None,
+    padding: str = "right",
+    steps: Sequence[int] = (11, 12),
+    kinds: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Logits [1 + steps, B, vocab] after a batch of all kinds of prompts, then of fixed tokens."""
+    texts = tiny.conversations()
+    prompts = [tiny.runnable(name).prompt(texts[kind]) for kind in kinds or texts]
+    state = prefill(engine, prompts, chunk, padding)  # type: ignore[arg-type]
+    found = [state.logits]
+    for token in steps:
+        state = decode_step(engine, state, torch.full((len(prompts),), token))
+        found.append(state.logits)
+    return torch.stack(found)
