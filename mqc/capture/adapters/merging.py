@@ -18,6 +18,7 @@ from mqc.capture.adapters.base import (
     VisionInput,
     base_model,
 )
+from mqc.capture.adapters.grid import Unbound
 from mqc.capture.adapters.registry import register
 from mqc.capture.segments import use_segment_attention
 from mqc.errors import CaptureError
@@ -118,6 +119,28 @@ class MergingGridAdapter(Adapter):
                 grid = grid // torch.tensor([height, width])
             calls.append({"pixel_values": piece, "position_ids": positions, **orders})
         return calls
+
+
+@register("minicpmv4_7")
+class CanvasAdapter(MergingGridAdapter):
+    """The same tower; text positions have three axes, laid out on a canvas an image."""
+
+    rope_axes = 3
+
+    def position_ids(
+        self, input_ids: torch.Tensor, processed: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int]:
+        ids = torch.as_tensor(input_ids).reshape(1, -1)
+        grids, image = processed.get("target_sizes"), ids == self.image_token_id
+        if grids is None or not bool(image.any()):
+            length = int(ids.shape[-1])
+            return torch.arange(length).expand(3, -1).contiguous(), length
+        positions, _ = Unbound(self.config).get_rope_index(
+            ids,
+            mm_token_type_ids=image.to(torch.int32),
+            target_sizes=torch.as_tensor(grids).reshape(-1, 2),
+        )
+        return positions[:, 0].contiguous(), int(positions.max()) + 1
 
 
 def _window_order(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:

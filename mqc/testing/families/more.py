@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DeepseekVLConfig, MiniCPMV4_6Config, Ovis2Config, PretrainedConfig
+from transformers import (
+    DeepseekVLConfig,
+    MiniCPMV4_6Config,
+    MiniCPMV4_7Config,
+    Ovis2Config,
+    PretrainedConfig,
+)
 
 from mqc.testing.families.frame import (
     END,
@@ -17,6 +23,7 @@ from mqc.testing.families.frame import (
     Generator,
     Image,
     text_config,
+    token_types,
 )
 
 
@@ -87,23 +94,24 @@ def _framed(config: Any, size: int, generator: Generator) -> Image:
     return Image(4 * (1 + size), {"pixel_values": pixels}, ids)
 
 
-def _minicpm(**text: Any) -> PretrainedConfig:
-    return MiniCPMV4_6Config(
-        text_config=text,
-        vision_config={
-            "hidden_size": 40,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 74,
-            "image_size": 24,
-            "patch_size": 4,
-        },
-        insert_layer_id=1,
-        image_size=24,
-        image_token_id=IMAGE,
-        video_token_id=8,
-        tie_word_embeddings=False,
-    )
+def _minicpm(text: dict[str, Any]) -> dict[str, Any]:
+    vision = {
+        "hidden_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 74,
+        "image_size": 24,
+        "patch_size": 4,
+    }
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "insert_layer_id": 1,
+        "image_size": 24,
+        "image_token_id": IMAGE,
+        "video_token_id": 8,
+        "tie_word_embeddings": False,
+    }
 
 
 def _strip(config: Any, size: tuple[int, int], generator: Generator) -> Image:
@@ -115,7 +123,7 @@ def _strip(config: Any, size: tuple[int, int], generator: Generator) -> Image:
     return Image(height * width // 16, values, axes={"pixel_values": -1})
 
 
-def _hybrid() -> PretrainedConfig:
+def _hybrid() -> dict[str, Any]:
     rope = {
         "rope_type": "default",
         "rope_theta": 10000.0,
@@ -123,7 +131,7 @@ def _hybrid() -> PretrainedConfig:
         "mrope_section": [1, 1, 1],
         "mrope_interleaved": True,
     }
-    text = text_config(
+    return text_config(
         "qwen3_5_text",
         140,
         head_dim=12,
@@ -136,15 +144,32 @@ def _hybrid() -> PretrainedConfig:
         linear_conv_kernel_dim=4,
         rope_parameters=rope,
     )
-    return _minicpm(**text)
+
+
+def _minicpmv4_6() -> PretrainedConfig:
+    return MiniCPMV4_6Config(**_minicpm(_hybrid()))
+
+
+def _minicpmv4_6_dense() -> PretrainedConfig:
+    return MiniCPMV4_6Config(**_minicpm(text_config("qwen3", 140, head_dim=12)))
+
+
+def _minicpmv4_7() -> PretrainedConfig:
+    markers = {
+        "image_start_id": START,
+        "image_end_id": END,
+        "slice_start_id": 9,
+        "slice_end_id": 10,
+        "newline_id": 11,
+    }
+    return MiniCPMV4_7Config(**_minicpm(_hybrid()), **markers)
 
 
 _STRIPS = ((4, 8), (4, 4), (8, 12), (12, 4))
 MORE = {
     "deepseek_vl": Family(_deepseek_vl, (1, 2, 3), _squares),
     "ovis2": Family(_ovis2, (1, 2, 4), _framed),
-    "minicpmv4_6": Family(_hybrid, _STRIPS, _strip),
-    "minicpmv4_6:dense": Family(
-        lambda: _minicpm(**text_config("qwen3", 140, head_dim=12)), _STRIPS, _strip
-    ),
+    "minicpmv4_6": Family(_minicpmv4_6, _STRIPS, _strip),
+    "minicpmv4_6:dense": Family(_minicpmv4_6_dense, _STRIPS, _strip),
+    "minicpmv4_7": Family(_minicpmv4_7, _STRIPS, _strip, token_types),
 }
