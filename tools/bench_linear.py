@@ -3,9 +3,8 @@
     .venv/bin/python tools/bench_linear.py [--isa avx512vnni] [--rows 1,16,128] [--json FILE]
 
 Kernels take turns (interleaved rounds), medians are reported. Weights are cold (copies in turn),
-except beside other kernels (``--peers``), which have one copy: then all are warm. Ceilings are measured in the same
-run: the dot product instruction out of registers, and a read of memory. Rows of a kernel that is
-not installed say so.
+except beside other kernels (``--peers``), which have one copy: then all are warm. Ceilings are
+measured in the same run: the dot product instruction out of registers, and a read of memory.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ onnxruntime. The C interface is described in ``native/include/mqc_kernels.h``.
 from __future__ import annotations
 
 import ctypes
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,9 @@ class Kernels:
             return Threads(None, None, 1)
         if count not in self._pools:
             self._pools[count] = ThreadPoolExecutor(count)
+            # An executor starts threads as it sees need, and may see none: start all of them now.
+            everyone = threading.Barrier(count)
+            list(self._pools[count].map(lambda _: everyone.wait(), range(count)))
         pool = self._pools[count]
 
         def parallel_for(_: int, tasks: int, task: int, context: int) -> None:
