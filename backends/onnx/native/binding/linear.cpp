@@ -1,4 +1,7 @@
 // LinearW4A8 and LinearW8A8: weights are packed when the session is made.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "call.h"
 #include "mqc_kernels.h"
 
@@ -9,6 +12,20 @@ void check(const Variant& variant, mqc_status status, const char* what) {
     if (status != MQC_OK)
         throw std::runtime_error("ai.mqc::" + variant.op_type() + ": " + what + ": " +
                                  mqc_status_text(status));
+}
+
+// Gives the memory of a weight that has been packed back to the system. onnxruntime maps weights from
+// their file and keeps the mapping; its pages, once read, would count beside the packed copy. Nothing
+// is lost: a page that is read again comes from the file (MADV_PAGEOUT, unlike MADV_DONTNEED, is safe
+// for memory of any kind).
+void page_out(const void* data, int64_t bytes) {
+#ifdef MADV_PAGEOUT
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t last = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
+    const uintptr_t end = last / page * page;
+    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_PAGEOUT);
+#endif
 }
 
 class Linear : public Kernel {
@@ -31,6 +48,7 @@ class Linear : public Kernel {
         if (bytes < 0) check(variant, static_cast<mqc_status>(bytes), "qweight");
         weight_ = allocate<uint8_t>(bytes);
         check(variant, mqc_linear_pack(&shape_, weight.data, weight_.get()), "qweight");
+        page_out(weight.data, weight.shape[0] * weight.shape[1]);
         scale_ = columns(variant, scale, shape_.groups);
         if (variant.has("split")) {
             const Constant split(variant, info, "w_split");
