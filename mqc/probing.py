@@ -10,10 +10,13 @@ from mqc.analysis.attention import Unpaired, find_attention
 from mqc.analysis.flow import ChannelFlow
 from mqc.analysis.mlp import find_feed_forward
 from mqc.analysis.streams import find_streams
-from mqc.capture import ProbeReport, capture
+from mqc.capture import ProbeReport, capture_shapes
 from mqc.capture import probe as probe_capture
 from mqc.ir import Program
 from mqc.passes.canonicalize import Canonicalize
+from mqc.passes.fuse_norm import FuseNorm
+from mqc.passes.hadamard_fuse import HadamardFuse
+from mqc.passes.hadamard_online import HadamardOnline
 from mqc.transform import PassContext, PassManager
 
 if TYPE_CHECKING:
@@ -28,14 +31,23 @@ def probe(
 ) -> ProbeReport:
     """Components, layers and modalities, and, where all was captured, the streams and pairs.
 
+    ``analyses["skips"]`` says what rotation would leave as it is, or at run time, and why.
+
     No checkpoint that can be named makes this fail: what cannot be captured is in the report.
     Raises :class:`~mqc.errors.CheckpointError` where there is nothing to probe.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     report = probe_capture(model_or_path, **options)
     if report.captured:
-        program = capture(model_or_path, **options)
+        program = capture_shapes(model_or_path, **options)
+        manager = PassManager([Canonicalize(), FuseNorm(), HadamardFuse(), HadamardOnline()])
         report.analyses.update(analyse(PassManager([Canonicalize()]).run(program, PassContext())))
+        manager.run(program, PassContext())
+        report.analyses["skips"] = [
+            f"{record.name}: {skip.where}: {skip.reason}"
+            for record in manager.records
+            for skip in record.skips
+        ]
     return report
 
 

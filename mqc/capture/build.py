@@ -86,7 +86,6 @@ class Source:
                 self.config, trust_remote_code=trust_remote_code
             )
         self.adapter: Adapter = adapter_for(self.config)
-        self.adapter.check()
         if not is_registered(self.config.model_type):
             logger.warning(
                 "model type %r has no adapter of its own and is taken for a LLaVA-like model; "
@@ -170,6 +169,7 @@ def capture_shapes(
 
 
 def _capture(source: Source, dtype: torch.dtype, report: Progress) -> Program:
+    source.adapter.check()
     report("building the model", 0, 5)
     skeleton = source.skeleton(dtype)
     check_shapes(source, skeleton)
@@ -198,10 +198,15 @@ def component_exporters(
     adapter: Adapter, skeleton: Skeleton, dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
     """What exports each component, by name."""
+
+    def decoder() -> Any:
+        adapter.check()
+        return export_decoder(skeleton, adapter, dtype)
+
     return {
         "vision": lambda: export_vision(skeleton, adapter, dtype),
         "embed": lambda: export_embed(skeleton, adapter),
-        "decoder": lambda: export_decoder(skeleton, adapter, dtype),
+        "decoder": decoder,
     }
 
 

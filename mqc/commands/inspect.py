@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -136,8 +137,20 @@ def _print_analyses(found: Mapping[str, Any]) -> None:
     for kind, name in (("attention", "value/output pairs"), ("feed_forward", "up/down pairs")):
         counts = ", ".join(f"{part} {count}" for part, count in found[kind].items())
         console.print(f"{name}: {counts or 'none'}", markup=False)
-    for reason in found["unpaired"]:
-        console.print(f"not paired: {reason}", markup=False)
+    for line in fold_skips(found.get("skips", ())):
+        console.print(f"left as it is: {line}", markup=False)
+
+
+def fold_skips(skips: Sequence[str]) -> list[str]:
+    """``pass: component.%node: reason``, with equal reasons of a component counted."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for skip in skips:
+        name, where, reason = skip.split(": ", 2)
+        counts[name, where.partition(".")[0], reason.partition(" (%")[0]] += 1
+    return [
+        f"{part} ({name}): {reason}" + (f" ({count} times)" if count > 1 else "")
+        for (name, part, reason), count in counts.items()
+    ]
 
 
 def fold_ports(ports: list[str]) -> list[str]:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mqc.capture import probe
 from mqc.capture.adapters.features import FeatureLayers
+from mqc.commands.inspect import fold_skips
+from mqc.probing import probe as analysed_probe
 from mqc.testing.families import build_family
 
 
@@ -50,3 +52,20 @@ def test_incomplete_weights(tmp_path: Path) -> None:
     report = probe(tmp_path)
     assert all(item.captured for item in report.components)
     assert "lm_head.weight" in str(report.weights)
+
+
+def test_a_language_model_that_does_not_fit_is_reported() -> None:
+    """What was captured is in the report all the same, and the reason for the rest."""
+    model, _ = build_family("llava")
+    model.config.text_config.layer_types = ["full_attention", "chunked_attention"]
+    report = probe(model)
+    assert [item.captured for item in report.components] == [True, True, False]
+    assert "chunked_attention" in str(report.components[2].reason)
+
+
+def test_what_rotation_leaves_is_reported_by_reason() -> None:
+    report = analysed_probe(build_family("glm4v")[0])
+    skips = report.analyses["skips"]
+    assert sum("gain of a norm that writes the stream" in skip for skip in skips) == 4
+    lines = fold_skips(skips)
+    assert len(lines) < len(skips) and any(line.endswith("(4 times)") for line in lines)
