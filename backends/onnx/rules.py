@@ -221,12 +221,14 @@ def _repeated_rows(call: Call) -> fx.Node | None:
     if source.rank != 3 or call.axis() != 1 or index.target is not aten.expand.default:
         return None
     inner = index.args[0]
-    if inner.target is not aten.unsqueeze.default or inner.args[1] not in (2, -1):
+    widened = inner.target is aten.unsqueeze.default and inner.args[1] in (2, -1)
+    if not widened and inner.target is not aten.reshape.default:
         return None
     rows = inner.args[0]
     shape = type_of(rows).shape
-    same = type_of(index).shape == (*shape, source.shape[2]) and shape[0] == source.shape[0]
-    return rows if same and len(shape) == 2 else None
+    # A reshape counts where it adds an axis of one behind those of the rows.
+    same = len(shape) == 2 and type_of(inner).shape == (*shape, 1) and shape[0] == source.shape[0]
+    return rows if same and type_of(index).shape == (*shape, source.shape[2]) else None
 
 
 @rule(aten.index.Tensor)

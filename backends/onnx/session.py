@@ -65,8 +65,12 @@ class OnnxEngine:
         }
         decoder = self.sessions["decoder"]
         given = (*_HOST_INPUTS, "past", *facts.get("deepstack", ()))
-        self._cache_inputs = [i for i in decoder.get_inputs() if i.name not in given]
-        self._hidden = next(i.shape[-1] for i in decoder.get_inputs() if i.name == "inputs_embeds")
+        # Ports are objects made anew by every question for them: asked once.
+        self._inputs = {name: list(item.get_inputs()) for name, item in self.sessions.items()}
+        ports = self._inputs["decoder"]
+        self._given = [port for port in ports if port.name in given]
+        self._cache_inputs = [port for port in ports if port.name not in given]
+        self._hidden = next(port.shape[-1] for port in ports if port.name == "inputs_embeds")
         self._outputs = [output.name for output in decoder.get_outputs()]
         self._in_place = is_buffer(facts) and provider == "cpu" and attention_in_place()
 
@@ -114,11 +118,9 @@ class OnnxEngine:
         if self._in_place:
             cache = [self._with_room(rows, mask) for rows in cache]
         binding = session.io_binding()
-        kept = []
-        for port in session.get_inputs():
-            if port.name in given:
-                kept.append(_value(given[port.name], port))
-                binding.bind_ortvalue_input(port.name, kept[-1])
+        kept = [_value(given[port.name], port) for port in self._given]
+        for port, value in zip(self._given, kept, strict=True):
+            binding.bind_ortvalue_input(port.name, value)
         for port, past in zip(self._cache_inputs, cache, strict=True):
             binding.bind_ortvalue_input(port.name, past)
         logits_name, *present = self._outputs
@@ -145,7 +147,7 @@ class OnnxEngine:
 
     def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         session, feeds = self.sessions[name], {}
-        for port in session.get_inputs():
+        for port in self._inputs[name]:
             if port.name not in inputs:
                 raise VerificationError(
                     f"component {name!r} has input {port.name!r}, which the host does not give",

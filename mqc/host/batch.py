@@ -104,16 +104,20 @@ class KeyTable:
         """
         new = valid.shape[1]
         seen = torch.ones(new, new, dtype=torch.bool).tril().expand(len(valid), -1, -1)
-        if blocks is not None:
+        if blocks is not None and bool((blocks >= 0).any()):
             together = blocks[:, :, None] == blocks[:, None, :]
             seen = seen | (together & (blocks >= 0)[:, :, None])
         past = self.valid[:, None, :].expand(-1, new, -1)
-        allowed = torch.cat([past, seen & valid[:, None, :]], dim=2) & valid[:, :, None]
+        allowed = torch.cat([past, seen & valid[:, None, :]], dim=2)
+        if not bool(valid.all()):
+            allowed &= valid[:, :, None]
+            allowed[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
+        if self.windows == (None,):
+            return allowed[:, None]
         rank = self._ranks(valid)
         back = rank[:, :, None] - torch.cat([self.rank, rank], dim=1)[:, None, :]
-        masks = [
-            allowed if window is None else allowed & (back < window) for window in self.windows
-        ]
+        near = [None if window is None else back < window for window in self.windows]
+        masks = [allowed if inside is None else allowed & inside for inside in near]
         result = torch.stack(masks, dim=1)
         result[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
         return result
@@ -128,10 +132,10 @@ class KeyTable:
         """
         order = torch.arange(len(self), len(self) + valid.shape[1]).expand(valid.shape)
         rank = self._ranks(valid)
-        if kv_order == AIFS:
+        if kv_order == AIFS and valid.shape[1] > 1:
             index = torch.argsort((~visual_mask).to(torch.int8), dim=1, stable=True)
             order, valid, rank = (v.gather(1, index) for v in (order, valid, rank))
-        elif kv_order not in (None, "natural"):
+        elif kv_order not in (None, "natural", AIFS):
             raise UsageError(f"unknown order of the KV cache: {kv_order!r}")
         self.valid = torch.cat([self.valid, valid], dim=1)
         self.order = torch.cat([self.order, order], dim=1)
