@@ -130,9 +130,9 @@ class _Slicer:
     def _side(self, value: fx.Node, size: str) -> fx.Node:
         """The visual or the text rows of a value that both sides may read."""
         if (value, size) not in self.sliced:
-            bounds = (0, self.high) if size == MOST else (self.low, None)
+            start, end = (0, self.high) if size == MOST else (self.low, None)
             with self.graph.inserting_after(max(value, self.spread)):
-                self.sliced[value, size] = self._slice(value, *bounds, size)
+                self.sliced[value, size] = self._slice(value, start, end, size)
         return self.sliced[value, size]
 
     def _slice(self, value: Any, start: Any, end: Any, size: str) -> fx.Node:

@@ -51,8 +51,9 @@ def _from_norm(value: fx.Node) -> bool:
     if value.target in NORMS:
         return argument(value, 2) is not None
     source = argument(value, 0)
-    keeps = isinstance(source, fx.Node) and move_axis(value, -1, 1) == (-1, 1)
-    return keeps and _from_norm(source)  # type: ignore[arg-type]
+    if not isinstance(source, fx.Node) or move_axis(value, -1, 1) != (-1, 1):
+        return False
+    return _from_norm(source)
 
 
 def _from_table(value: fx.Node) -> bool:

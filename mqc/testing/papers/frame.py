@@ -20,7 +20,7 @@ from mqc.testing.papers.language import LanguageModel
 
 
 @strict
-class PaperConfig(PreTrainedConfig):
+class PaperConfig(PreTrainedConfig):  # type: ignore[misc]
     """A vision tower, a language model, and what joins them."""
 
     model_type = "paper"
@@ -36,7 +36,7 @@ class PaperConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
 
-class PaperModel(PreTrainedModel):
+class PaperModel(PreTrainedModel):  # type: ignore[misc]
     """Tower, language model and head; ``experts``: weights of their own for visual rows."""
 
     config_class = PaperConfig

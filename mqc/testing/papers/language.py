@@ -100,7 +100,7 @@ class Block(nn.Module):
         return result
 
 
-class LanguageModel(PreTrainedModel):
+class LanguageModel(PreTrainedModel):  # type: ignore[misc]
     """Embeddings, blocks and the last norm; called as transformers' decoders are."""
 
     _supports_sdpa = True

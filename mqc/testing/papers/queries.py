@@ -65,7 +65,8 @@ class Tower(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.pool(x, self._resized(), self.pool_places)
-        return self.ln_post(x) @ self.proj
+        rows: torch.Tensor = self.ln_post(x) @ self.proj
+        return rows
 
     def _resized(self) -> torch.Tensor:
         """The queries' positions, resized to the grid of patches."""

@@ -63,6 +63,7 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(vision) for _ in range(vision.num_hidden_layers))
         self.norm, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(hidden)
         self.resampler = Resampler(config.query_tokens, hidden, text.num_attention_heads, width)
+        self.grid: torch.Tensor
         self.register_buffer("grid", sincos_2d(hidden, MOST, MOST), persistent=False)
         self.proj = nn.Parameter(torch.randn(hidden, hidden) * hidden**-0.5)
 
@@ -79,7 +80,8 @@ class Tower(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.resampler(self.norm(x), self.grid[grid], None)
-        return (self.ln_post(x) @ self.proj)[0]
+        rows: torch.Tensor = (self.ln_post(x) @ self.proj)[0]
+        return rows
 
     def forward(self, pixel_values: torch.Tensor, tgt_sizes: torch.Tensor) -> torch.Tensor:
         """[slices, 3, side, patches * side], zero-padded -> [slices, queries, hidden]."""
@@ -131,4 +133,6 @@ class SlicesAdapter(Adapter):
         if pixels is None or sizes is None:
             return []
         patch = int(self.vision_config.patch_size)
-        return [_call(strip, size, patch) for strip, size in zip(pixels, sizes.tolist())]  # noqa: B905
+        return [
+            _call(strip, size, patch) for strip, size in zip(pixels, sizes.tolist(), strict=True)
+        ]
