@@ -27,7 +27,7 @@ ARCHITECTURES = ("80", "89", "90a")
 MIN_NVCC = (12, 5)
 COMPILE_FLAGS = (
     *"-std=c++17 -O3 -Xptxas -v --Werror all-warnings".split(),
-    *"-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-ffp-contract=off".split(),
+    *"-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas,-ffp-contract=off".split(),
 )
 LINK_FLAGS = (
     *"-shared --cudart static -Xlinker --exclude-libs,ALL -Xlinker -s".split(),

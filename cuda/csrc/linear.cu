@@ -100,7 +100,7 @@ int fill_params(const mqc_linear_args& args, LinearParams& p) {
   const bool y_vectors = args.n % vector == 0 && args.y_stride % vector == 0 && aligned16(args.y);
   const bool add_vectors =
       args.residual == nullptr || (args.residual_stride % vector == 0 && aligned16(args.residual));
-  p.vector_io = y_vectors && add_vectors && aligned16(args.w_scale) && aligned16(args.bias) ? 1 : 0;
+  p.vector_io = y_vectors && add_vectors ? 1 : 0;
   return MQC_OK;
 }
 

@@ -229,14 +229,29 @@ MQC_KERNEL(kActivationThreads, (kParts<T> * kSteps > 20 ? 1 : 2)) activation_ker
   const T* x = static_cast<const T*>(p.x) + number * p.x_stride;
 
   if (p.vector_in) {
-    for (int c = thread * kVector; c < p.columns; c += kActivationThreads * kVector) {
-      float v[kVector], up[kVector];
-      load_vector(x + c, v);
-      if (p.gated) load_vector(x + p.columns + c, up);
+    // Loads of a few steps fly together: a block may be alone on its multiprocessor.
+    constexpr int kBatch = 4, kStep = kActivationThreads * kVector;
+    for (int first = thread * kVector; first < p.columns; first += kBatch * kStep) {
+      gpu::Vector16 gates[kBatch], ups[kBatch];
       MQC_UNROLL
-      for (int i = 0; i < kVector; ++i)
-        v[i] = p.gated ? gated_value<T>(p.activation, v[i], up[i]) : round_to<T>(activate(p.activation, v[i]));
-      store_floats(row + row_address(c, p.base, p.log2), v);  // a run holds whole vectors, or has no gap
+      for (int b = 0; b < kBatch; ++b) {
+        const int c = first + b * kStep;
+        if (c >= p.columns) break;
+        gates[b] = gpu::load16(x + c);
+        if (p.gated) ups[b] = gpu::load16(x + p.columns + c);
+      }
+      MQC_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int c = first + b * kStep;
+        if (c >= p.columns) break;
+        float v[kVector], up[kVector];
+        unpack_vector<T>(gates[b], v);
+        if (p.gated) unpack_vector<T>(ups[b], up);
+        MQC_UNROLL
+        for (int i = 0; i < kVector; ++i)
+          v[i] = p.gated ? gated_value<T>(p.activation, v[i], up[i]) : round_to<T>(activate(p.activation, v[i]));
+        store_floats(row + row_address(c, p.base, p.log2), v);  // a run holds whole vectors, or has no gap
+      }
     }
   } else {
     for (int c = thread; c < p.columns; c += kActivationThreads) {

@@ -9,11 +9,13 @@
 #define MQC_HD __host__ __device__ __forceinline__
 #define MQC_D __device__ __forceinline__
 #define MQC_UNROLL _Pragma("unroll")
+#define MQC_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <cmath>
 #define MQC_HD inline
 #define MQC_D inline
 #define MQC_UNROLL
+#define MQC_NO_UNROLL
 #endif
 
 namespace mqc {

@@ -27,7 +27,7 @@ struct LinearParams {
   int32_t input_tiles;    // ceil(k / 128)
   int32_t split_k;
   int32_t split_columns;
-  int32_t vector_io;      // y, residual, w_scale and bias can be accessed 16 bytes at a time
+  int32_t vector_io;      // rows of y and residual can be accessed 16 bytes at a time
   int32_t band;           // of tile_order, persistent kernel
 };
 
@@ -47,16 +47,23 @@ template <int kPitch> MQC_D void stage_fragment(const int32_t* sums, int32_t* st
     stage[(token + accumulator_column(lane, r)) * kPitch + channel + accumulator_row(lane, r)] = sums[r];
 }
 
-// y of one row and channel, in float32 and the order of the reference.
+// What the epilogue needs of one channel.
+struct ChannelTerms {
+  float w_scale, bias;
+};
+MQC_D ChannelTerms channel_terms(const LinearParams& p, int channel) {
+  return ChannelTerms{p.w_scale[channel], p.bias != nullptr ? p.bias[channel] : 0.0f};
+}
+
+// y of one row and channel, in float32 and the order of the reference. x_first: of the row's split.
 template <class T>
-MQC_D float finished_value(const LinearParams& p, int32_t sum, float unit, float w_scale, float x_scale, float bias,
-                           int64_t row, int64_t channel) {
-  float y = scaled_sum(sum, unit, w_scale, x_scale);
-  if (p.bias != nullptr) y = add_rn(y, bias);
-  if (p.x_split != nullptr) {
-    const T* x_split = static_cast<const T*>(p.x_split) + row * p.x_split_stride;
-    y = add_rn(y, split_term(x_split, p.w_split + channel * p.split_columns, p.split_columns));
-  }
+MQC_D float finished_value(const LinearParams& p, int32_t sum, float unit, const ChannelTerms& terms, float x_scale,
+                           float x_first, int64_t row, int64_t channel) {
+  float y = scaled_sum(sum, unit, terms.w_scale, x_scale);
+  if (p.bias != nullptr) y = add_rn(y, terms.bias);
+  if (p.x_split != nullptr)
+    y = add_rn(y, split_term(x_first, static_cast<const T*>(p.x_split) + row * p.x_split_stride,
+                             p.w_split + channel * p.split_columns, p.split_columns));
   return y;
 }
 
@@ -66,49 +73,63 @@ template <class T> MQC_D T finished(float y, bool add, T residual) {
   return add ? from_float<T>(add_rn(to_float(rounded), to_float(residual))) : rounded;
 }
 
-template <class T, int kPitch, int kChannels, int kTokens, int kThreads>
+// A thread writes the same channels of every kRows-th row. What it needs from memory for kBatch rows
+// is read before the first of them is written: y may be the residual, so nothing else may be assumed.
+template <class T, int kPitch, int kChannels, int kTokens, int kThreads, int kVector>
 MQC_D void write_rows_of(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
                          int token, int thread) {
-  constexpr int kVector = kVectorOf<T>;
+  constexpr int kPerRow = kChannels / kVector, kRows = kThreads / kPerRow;
+  constexpr int kBatch = kVector == 1 || kTokens < 2 * kRows ? 1 : 2;
+  static_assert(kThreads % kPerRow == 0, "a thread keeps its channels");
   const bool add = p.residual != nullptr;
-  const T* residual = static_cast<const T*>(p.residual);
-  T* y = static_cast<T*>(p.y);
-  if (p.vector_io) {
-    constexpr int kPerRow = kChannels / kVector;
-    for (int index = thread; index < kPerRow * kTokens; index += kThreads) {
-      const int t = index / kPerRow, c = channel + index % kPerRow * kVector;
+  const int local = thread % kPerRow * kVector, c = channel + local;
+  if (c >= p.n) return;
+  ChannelTerms terms[kVector];
+  MQC_UNROLL
+  for (int v = 0; v < kVector; ++v) terms[v] = channel_terms(p, c + v);
+  union Values {
+    gpu::Vector16 vector;
+    T value[16 / sizeof(T)];
+  };
+  for (int first = thread / kPerRow; first < kTokens; first += kRows * kBatch) {
+    Values other[kBatch];
+    float x_first[kBatch] = {};
+    MQC_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const int t = first + b * kRows;
       const int64_t row = token + t;
-      if (row >= p.rows || c >= p.n) continue;
-      union {
-        gpu::Vector16 vector;
-        T value[kVector];
-      } out, other;
-      if (add) other.vector = gpu::load16(residual + row * p.residual_stride + c);
+      if (t >= kTokens || row >= p.rows) continue;
+      const T* from = static_cast<const T*>(p.residual) + row * p.residual_stride + c;
+      if (add && kVector == 1) other[b].value[0] = *from;
+      if (add && kVector > 1) other[b].vector = gpu::load16(from);
+      if (p.x_split != nullptr) x_first[b] = to_float(static_cast<const T*>(p.x_split)[row * p.x_split_stride]);
+    }
+    MQC_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const int t = first + b * kRows;
+      const int64_t row = token + t;
+      if (t >= kTokens || row >= p.rows) continue;
+      Values out;
       MQC_UNROLL
-      for (int four = 0; four < kVector; four += 4) {
-        float w_scale[4], bias[4] = {}, sums[4];
-        load_vector(p.w_scale + c + four, w_scale);
-        if (p.bias != nullptr) load_vector(p.bias + c + four, bias);
-        load_floats(reinterpret_cast<const float*>(stage + t * kPitch + index % kPerRow * kVector + four), sums);
-        MQC_UNROLL
-        for (int v = 0; v < 4; ++v) {
-          const auto sum = static_cast<int32_t>(float_bits(sums[v]));
-          const float value = finished_value<T>(p, sum, unit, w_scale[v], scales[t], bias[v], row, c + four + v);
-          out.value[four + v] = finished(value, add, other.value[four + v]);
-        }
+      for (int v = 0; v < kVector; ++v) {
+        const float value = finished_value<T>(p, stage[t * kPitch + local + v], unit, terms[v], scales[t], x_first[b],
+                                              row, c + v);
+        out.value[v] = finished(value, add, other[b].value[v]);
       }
-      gpu::store16(y + row * p.y_stride + c, out.vector);
+      T* to = static_cast<T*>(p.y) + row * p.y_stride + c;
+      if (kVector == 1) *to = out.value[0];
+      else gpu::store16(to, out.vector);
     }
+  }
+}
+
+template <class T, int kPitch, int kChannels, int kTokens, int kThreads>
+MQC_D void write_rows_as(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
+                         int token, int thread) {
+  if (p.vector_io) {
+    write_rows_of<T, kPitch, kChannels, kTokens, kThreads, kVectorOf<T>>(p, stage, scales, unit, channel, token, thread);
   } else {
-    for (int index = thread; index < kChannels * kTokens; index += kThreads) {
-      const int t = index / kChannels, c = channel + index % kChannels;
-      const int64_t row = token + t;
-      if (row >= p.rows || c >= p.n) continue;
-      const float bias = p.bias != nullptr ? p.bias[c] : 0.0f;
-      const int32_t sum = stage[t * kPitch + index % kChannels];
-      const float value = finished_value<T>(p, sum, unit, p.w_scale[c], scales[t], bias, row, c);
-      y[row * p.y_stride + c] = finished(value, add, add ? residual[row * p.residual_stride + c] : T{});
-    }
+    write_rows_of<T, kPitch, kChannels, kTokens, kThreads, 1>(p, stage, scales, unit, channel, token, thread);
   }
 }
 
@@ -120,11 +141,11 @@ template <int kPitch, int kChannels, int kTokens, int kThreads>
 MQC_D void write_rows(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
                       int token, int thread) {
   if (p.dtype == 1) {
-    write_rows_of<bf16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
+    write_rows_as<bf16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
   } else if (p.dtype == 2) {
-    write_rows_of<f16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
+    write_rows_as<f16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
   } else {
-    write_rows_of<float, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
+    write_rows_as<float, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
   }
 }
 

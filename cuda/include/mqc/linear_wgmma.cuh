@@ -150,20 +150,24 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
       const int token = at.token * Shape::kTokens;
       gpu::sync_named(1 + consumer, 128);  // nobody reads the scales of the previous tile any more
       scales[local] = token_scale(p, token + local);
-      MQC_UNROLL
-      for (int m = 0; m < Shape::kM; ++m) {
-        const int channel = (at.channel * Shape::kTiles + consumer * Shape::kM + m) * kTileChannels;
+      // The sums leave in parts of 64 channels x 64 tokens, by one copy of the code that writes them.
+      constexpr int kHalf = Shape::kOutputTokens, kParts = Shape::kM * Shape::kTokens / kHalf;
+      MQC_NO_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        gpu::sync_named(1 + consumer, 128);  // the buffer is free, the scales are complete
         MQC_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          constexpr int kHalf = Shape::kOutputTokens;
-          gpu::sync_named(1 + consumer, 128);  // the buffer is free, the scales are complete
+        for (int each = 0; each < kParts; ++each) {
+          if (each != part) continue;  // registers are named at compile time
           MQC_UNROLL
           for (int j = 0; j < kHalf / 8; ++j)
-            stage_fragment<Shape::kPitch>(sums[m] + (kHalf / 8 * half + j) * 4, output, 16 * warp, 8 * j, lane);
-          gpu::sync_named(1 + consumer, 128);
-          write_rows<Shape::kPitch, kTileChannels, kHalf, 128>(p, output, scales + kHalf * half, weight_unit<kBits>(),
-                                                              channel, token + kHalf * half, local);
+            stage_fragment<Shape::kPitch>(sums[each / 2] + (kHalf / 8 * (each % 2) + j) * 4, output, 16 * warp, 8 * j,
+                                          lane);
         }
+        gpu::sync_named(1 + consumer, 128);
+        const int channel = (at.channel * Shape::kTiles + consumer * Shape::kM + part / 2) * kTileChannels;
+        const int first = kHalf * (part % 2);
+        write_rows<Shape::kPitch, kTileChannels, kHalf, 128>(p, output, scales + first, weight_unit<kBits>(), channel,
+                                                            token + first, local);
       }
     }
   }

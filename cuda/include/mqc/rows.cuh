@@ -33,10 +33,10 @@ MQC_HD int quantize_value(float x, float scale) {
 }
 
 // Sum over split columns of one row and one channel: the first product is rounded by itself, as a
-// product of one column is in the reference.
-template <class T>
-MQC_HD float split_term(const T* x_split, const float* w_split, int columns) {
-  float sum = mul_rn(to_float(x_split[0]), w_split[0]);
+// product of one column is in the reference. x_first is x_split[0].
+template <class T> MQC_HD float split_term(float x_first, const T* x_split, const float* w_split, int columns) {
+  float sum = mul_rn(x_first, w_split[0]);
+  MQC_NO_UNROLL
   for (int j = 1; j < columns; ++j) sum = fma_rn(to_float(x_split[j]), w_split[j], sum);
   return sum;
 }

@@ -7,14 +7,18 @@ namespace mqc {
 
 template <class T> constexpr int kVectorOf = 16 / static_cast<int>(sizeof(T));
 
-template <class T> MQC_D void load_vector(const T* from, float (&to)[kVectorOf<T>]) {
+template <class T> MQC_D void unpack_vector(const gpu::Vector16& vector, float (&to)[kVectorOf<T>]) {
   union {
     gpu::Vector16 vector;
     T value[kVectorOf<T>];
   } in;
-  in.vector = gpu::load16(from);
+  in.vector = vector;
   MQC_UNROLL
   for (int i = 0; i < kVectorOf<T>; ++i) to[i] = to_float(in.value[i]);
+}
+
+template <class T> MQC_D void load_vector(const T* from, float (&to)[kVectorOf<T>]) {
+  unpack_vector<T>(gpu::load16(from), to);
 }
 
 template <class T> MQC_D void store_vector(T* to, const float (&from)[kVectorOf<T>]) {
