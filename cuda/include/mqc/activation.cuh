@@ -230,7 +230,7 @@ MQC_KERNEL(kActivationThreads, (kParts<T> * kSteps > 20 ? 1 : 2)) activation_ker
 
   if (p.vector_in) {
     // Loads of a few steps fly together: a block may be alone on its multiprocessor.
-    constexpr int kBatch = 4, kStep = kActivationThreads * kVector;
+    constexpr int kBatch = 2, kStep = kActivationThreads * kVector;
     for (int first = thread * kVector; first < p.columns; first += kBatch * kStep) {
       gpu::Vector16 gates[kBatch], ups[kBatch];
       MQC_UNROLL
@@ -238,7 +238,7 @@ MQC_KERNEL(kActivationThreads, (kParts<T> * kSteps > 20 ? 1 : 2)) activation_ker
         const int c = first + b * kStep;
         if (c >= p.columns) break;
         gates[b] = gpu::load16(x + c);
-        if (p.gated) ups[b] = gpu::load16(x + p.columns + c);
+        ups[b] = p.gated ? gpu::load16(x + p.columns + c) : gates[b];
       }
       MQC_UNROLL
       for (int b = 0; b < kBatch; ++b) {
@@ -246,19 +246,17 @@ MQC_KERNEL(kActivationThreads, (kParts<T> * kSteps > 20 ? 1 : 2)) activation_ker
         if (c >= p.columns) break;
         float v[kVector], up[kVector];
         unpack_vector<T>(gates[b], v);
-        if (p.gated) unpack_vector<T>(ups[b], up);
+        unpack_vector<T>(ups[b], up);
         MQC_UNROLL
-        for (int i = 0; i < kVector; ++i)
-          v[i] = p.gated ? gated_value<T>(p.activation, v[i], up[i]) : round_to<T>(activate(p.activation, v[i]));
+        for (int i = 0; i < kVector; ++i) v[i] = gated_value<T>(p.activation, v[i], p.gated ? up[i] : 1.0f);
         store_floats(row + row_address(c, p.base, p.log2), v);  // a run holds whole vectors, or has no gap
       }
     }
   } else {
     for (int c = thread; c < p.columns; c += kActivationThreads) {
       const float v = to_float(x[c]);
-      row[row_address(c, p.base, p.log2)] = p.gated
-                                                ? gated_value<T>(p.activation, v, to_float(x[p.columns + c]))
-                                                : round_to<T>(activate(p.activation, v));
+      const float up = p.gated ? to_float(x[p.columns + c]) : 1.0f;  // times 1 is exact
+      row[row_address(c, p.base, p.log2)] = gated_value<T>(p.activation, v, up);
     }
   }
   gpu::sync_block();
