@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,11 +156,18 @@ def reports(work: Path) -> list[KernelReport]:
     return found
 
 
+def _work_folder() -> Path:
+    """build/cuda of a checkout; elsewhere (an installed package) a temporary folder."""
+    if (HERE.parent / "pyproject.toml").is_file():
+        return HERE.parent / "build" / "cuda"
+    return Path(tempfile.gettempdir()) / f"mqc-cuda-build-{os.getuid()}"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Build the CUDA kernel library.")
     parser.add_argument("--out", type=Path, default=HERE / FILE_NAME, help="the library")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "cuda")
+    parser.add_argument("--work", type=Path, default=_work_folder(), help="objects and logs")
     parser.add_argument("--jobs", type=int, default=None, help="compilers at a time")
     parser.add_argument("--optional", action="store_true", help="a failure is a warning")
     options = parser.parse_args()
