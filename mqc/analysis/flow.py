@@ -13,71 +13,18 @@ concatenated, *norms* (equivariant without gain), and *barriers*, where it must 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
 from mqc.analysis.axes import move_axis
+from mqc.analysis.groups import CONVS, NORMS, Group, Site, Track
 from mqc.ir import Program
 from mqc.ir.edit import argument, aten, is_tensor, tensor_type
 from mqc.ir.serialize import target_name
 from mqc.ir.types import TensorType
 
 _SCALING = (aten.sum.dim_IntList, aten.mul.Scalar, aten.div.Scalar)
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
-CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-
-
-class Track(NamedTuple):
-    """A value holds a group's axis at ``axis`` (negative index), ``blocks`` times side by side.
-
-    ``normed``: the value passed a norm on its way (its mean, under LayerNorm, is gone).
-    ``scaled``: rows were multiplied by numbers or summed on the way: a rotation does not mind, but
-    what was added before is no longer what was added.
-    """
-
-    group: int
-    axis: int = -1
-    blocks: int = 1
-    normed: bool = False
-    scaled: bool = False
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.axis, self.blocks
-
-
-class Site(NamedTuple):
-    """A contact with a group: ``node`` in ``component``, touching it through ``value``."""
-
-    component: str
-    node: fx.Node
-    value: fx.Node
-    axis: int = -1
-    blocks: int = 1
-    normed: bool = False
-    scaled: bool = False
-
-
-@dataclass
-class Group:
-    """All contacts of one channel axis of ``width`` channels."""
-
-    width: int
-    writers: list[Site] = field(default_factory=list)
-    readers: list[Site] = field(default_factory=list)
-    constants: list[Site] = field(default_factory=list)
-    norms: list[Site] = field(default_factory=list)
-    barriers: list[Site] = field(default_factory=list)
-    sources: list[Site] = field(default_factory=list)
-    """Values that join the group without a foldable writer: they are rotated online."""
-    adds: int = 0
-
-    def absorb(self, other: Group) -> None:
-        for name in ("writers", "readers", "constants", "norms", "barriers", "sources"):
-            getattr(self, name).extend(getattr(other, name))
-        self.adds += other.adds
 
 
 class ChannelFlow:
@@ -434,4 +381,13 @@ def is_linear(node: fx.Node) -> bool:
     )
 
 
-__all__ = ["ChannelFlow", "Group", "Site", "Track", "is_linear", "weight_type"]
+__all__ = [
+    "CONVS",
+    "NORMS",
+    "ChannelFlow",
+    "Group",
+    "Site",
+    "Track",
+    "is_linear",
+    "weight_type",
+]

@@ -119,8 +119,10 @@ def test_attention_kinds(change: dict[str, Any], kinds: dict[str, int | None]) -
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ({"attn_logit_softcapping": 30.0}, "caps its attention logits"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"attn_logit_softcapping": 30.0}, "caps its logits .attn_logit_softcapping"),
+        ({"final_logit_softcapping": 30.0}, "caps its logits .final_logit_softcapping"),
+        ({"is_encoder_decoder": True}, "an encoder with a decoder"),
     ],
 )
 def test_layers_that_do_not_fit(change: dict[str, Any], reason: str) -> None:

@@ -107,11 +107,18 @@ class Adapter:
                 "DeltaNet) are supported",
                 hint="use a model of such layers",
             )
-        if getattr(self.text_config, "attn_logit_softcapping", None) is not None:
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self.text_config, name, None) is not None:
+                raise CaptureError(
+                    f"the language model {self.text_config.model_type!r} caps its logits "
+                    f"({name}), which the captured graphs do not compute",
+                    hint=f"use a model without {name}",
+                )
+        if getattr(self.text_config, "is_encoder_decoder", False):
             raise CaptureError(
-                f"the language model {self.text_config.model_type!r} caps its attention logits, "
-                "which fused attention does not compute",
-                hint="use a model without attn_logit_softcapping",
+                f"the language model {self.text_config.model_type!r} is an encoder with a decoder; "
+                "mqc compiles models whose one decoder reads the image's rows",
+                hint="use a variant with a decoder-only language model",
             )
 
     def attention_kinds(self) -> dict[str, int | None]:
