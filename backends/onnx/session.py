@@ -7,6 +7,7 @@ them, and the cache stays inside onnxruntime as what the last call gave.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ _DTYPES = {
 class OnnxEngine:
     """:class:`~mqc.host.engine.Engine` over ``vision.onnx``, ``embed.onnx`` and ``decoder.onnx``.
 
+    Files are looked for at once and opened when first used.
+
     Args:
         folder: where the files are.
         facts: the program's facts, from the artifact's manifest.
@@ -58,15 +61,15 @@ class OnnxEngine:
     ) -> None:
         self._facts = facts
         self._device = provider
-        providers = _providers(provider)
-        self.sessions = {
-            name: open_session(folder / f"{name}.onnx", providers, threads)
-            for name in ("vision", "embed", "decoder")
-        }
-        decoder = self.sessions["decoder"]
+        self._open = partial(open_session, providers=_providers(provider), threads=threads)
+        self._paths = {name: folder / f"{name}.onnx" for name in ("vision", "embed", "decoder")}
+        for path in self._paths.values():
+            _require(path)
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._inputs: dict[str, list[Any]] = {}
+        decoder = self.session("decoder")
         given = (*_HOST_INPUTS, "past", *facts.get("deepstack", ()))
         # Ports are objects made anew by every question for them: asked once.
-        self._inputs = {name: list(item.get_inputs()) for name, item in self.sessions.items()}
         ports = self._inputs["decoder"]
         self._given = [port for port in ports if port.name in given]
         self._cache_inputs = [port for port in ports if port.name not in given]
@@ -77,6 +80,14 @@ class OnnxEngine:
     @property
     def facts(self) -> Mapping[str, Any]:
         return self._facts
+
+    def session(self, name: str) -> ort.InferenceSession:
+        """The session of a component, opened when first asked for: without images the tower's
+        weights take no memory."""
+        if name not in self._sessions:
+            self._sessions[name] = self._open(self._paths[name])
+            self._inputs[name] = list(self._sessions[name].get_inputs())
+        return self._sessions[name]
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
@@ -110,7 +121,7 @@ class OnnxEngine:
         Where kernels write in place, the tensors of the cache are buffers that go in and out;
         else they grow with every call, whatever form the decoder's inputs have.
         """
-        session = self.sessions["decoder"]
+        session = self.session("decoder")
         values = (inputs_embeds, position_ids, mask, logit_index, modality)
         given = dict(zip(_HOST_INPUTS, values, strict=True))
         given.update(spread(inputs_embeds, self._facts.get("deepstack", ()), self._hidden))
@@ -146,7 +157,7 @@ class OnnxEngine:
         return ort.OrtValue.ortvalue_from_numpy(larger)
 
     def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        session, feeds = self.sessions[name], {}
+        session, feeds = self.session(name), {}
         for port in self._inputs[name]:
             if port.name not in inputs:
                 raise VerificationError(
@@ -166,8 +177,7 @@ def open_session(
         ArtifactError: the file is missing, damaged, or asks for an operator that is not there.
         TargetError: the operator library cannot be loaded.
     """
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing", hint="copy or compile the artifact again")
+    _require(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
@@ -179,6 +189,11 @@ def open_session(
             f"onnxruntime cannot open {path}: {_reason(error)}",
             hint="copy or compile the artifact again",
         ) from error
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", hint="copy or compile the artifact again")
 
 
 def _register_library(options: ort.SessionOptions) -> None:
