@@ -14,6 +14,7 @@ from mqc.analysis.flow import is_linear
 from mqc.analysis.head import find_head
 from mqc.analysis.liveness import peak_bytes
 from mqc.analysis.modality import MIXED, find_domains
+from mqc.analysis.routing import find_routers
 from mqc.capture import capture_shapes
 from mqc.ir import Component, Program, TensorType
 from mqc.ir.edit import aten
@@ -144,6 +145,7 @@ def _describe(component: Component, scheme: Scheme) -> ComponentPlan:
     """Count what the scheme quantizes, as ``quantize-weights`` chooses it."""
     part = ComponentPlan(component.name)
     spec, head = scheme.component(component.name), find_head(component)
+    routers = find_routers(component)
     seen: dict[str, int] = {}
     hadamards: Counter[str] = Counter()
     for node in component.graph.nodes:
@@ -159,7 +161,8 @@ def _describe(component: Component, scheme: Scheme) -> ComponentPlan:
             table = node.args[1]
         else:
             continue
-        if weights is not None and weights.quantized and "keep_float" not in node.meta:
+        kept = "keep_float" in node.meta or node in routers
+        if weights is not None and weights.quantized and not kept:
             part.quantized += linear
             seen[str(table.target)] = _quantized_bytes(table.meta["type"], weights)
     for node in component.graph.find_nodes(op="get_attr"):

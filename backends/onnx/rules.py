@@ -144,6 +144,18 @@ def _repeat(b: Builder, call: Call) -> str:
     return b("Tile", name, b.shape(times))
 
 
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(b: Builder, call: Call) -> str:
+    source, times, axis = type_of(call["self"]), call["repeats"], call["dim"]
+    if axis is None or isinstance(times, fx.Node):
+        raise Unsupported("repeat_interleave of a flattened tensor, or by a computed number")
+    size = source.shape[axis]
+    if not isinstance(size, int):
+        raise Unsupported("repeat_interleave along an axis of a dynamic size")
+    index = [place for place in range(size) for _ in range(times)]
+    return b("Gather", b.name(call["self"]), b.ints(*index), axis=int(axis) % source.rank)
+
+
 @rule(aten.slice.Tensor)
 def _slice(b: Builder, call: Call) -> str:
     start, end, step = call["start"] or 0, call["end"], call["step"]

@@ -143,6 +143,13 @@ def _silu(b: Builder, call: Call) -> str:
     return b("Mul", name, b("Sigmoid", name))
 
 
+@rule(aten.softplus.default)
+def _softplus(b: Builder, call: Call) -> str:
+    if call["beta"] != 1:
+        raise Unsupported("softplus with a beta")
+    return b("Softplus", b.operand(call["self"], call.type.dtype))
+
+
 @rule(aten.gelu.default)
 def _gelu(b: Builder, call: Call) -> str:
     return b("Gelu", b.name(call["self"]), approximate=str(call["approximate"]))

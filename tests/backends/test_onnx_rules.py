@@ -50,6 +50,9 @@ CASES: list[tuple[Any, ...]] = [
     (aten.expand.default, X[:, :1], [5, 2, 3, -1]),
     (aten.expand.default, X, [2, 3, 4]),
     (aten.repeat.default, X, [2, 1, 3, 1]),
+    (aten.repeat_interleave.self_int, X, 2, 1),
+    (aten.repeat_interleave.self_int, X, 3, -1),
+    (aten.softplus.default, 12 * X),
     (aten.slice.Tensor, X, -1, 1, 3),
     (aten.slice.Tensor, X, 1, -2, 9223372036854775807, 1),
     (aten.slice.Tensor, X, 2, 0, 9223372036854775807, 2),
@@ -199,7 +202,7 @@ def test_every_rule_is_tested() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        (aten.repeat_interleave.self_int, X, 2, 1),
+        (aten.flip.default, X, [1]),
         (aten.avg_pool2d.default, IMAGE, [2, 2]),
     ],
     ids=lambda case: str(case[0]),
