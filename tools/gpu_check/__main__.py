@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from mqc.cuda import build
 from mqc.cuda.library import library_path
 from tools.gpu_check import ROOT, parts
+from tools.gpu_check.common import Recorder
+from tools.gpu_check.prepare import FOLDER
 from tools.gpu_check.table import render
 
 SANITIZER_SECONDS = 75
@@ -131,6 +134,37 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if wrong or failed else 0
 
 
+def _dry(options: argparse.Namespace) -> int:
+    """The model parts on this machine's CPU, at the sizes of what was prepared."""
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "device": "cpu (dry run: kernels by definition, no timing means anything)",
+        "torch": torch.__version__,
+        "driver": "none",
+        "parts": {},
+    }
+    for name in options.only or parts.MODEL_PARTS:
+        start, state, error = time.monotonic(), "done", ""
+        recorder = Recorder(out / f"{name}.jsonl", start + options.seconds)
+        try:
+            parts.dry_run(name, options.prepared, recorder)
+        except Exception:  # noqa: BLE001  (one part's failure leaves the others)
+            state, error = "failed", traceback.format_exc()[-1500:]
+        report["parts"][name] = {
+            "state": state,
+            "seconds": time.monotonic() - start,
+            "last": "",
+            "error": error,
+            "results": recorder.results,
+        }
+    text = render(report)
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(text)
+    wrong = any(r.get("wrong") for part in report["parts"].values() for r in part["results"])
+    return 1 if wrong or any(p["state"] != "done" for p in report["parts"].values()) else 0
+
+
 def main() -> None:
     """Run all parts, or one (`--part`, which is how the parts are started)."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
@@ -140,11 +174,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*parts.PARTS, "sanitizer"])
     parser.add_argument("--part", choices=list(parts.PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="the model parts on the CPU")
+    parser.add_argument("--prepared", type=Path, default=FOLDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         parts.run_part(options.part, options.library, options.log, options.seconds)
         return
-    sys.exit(_check(options))
+    sys.exit(_dry(options) if options.dry_run else _check(options))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from mqc.cuda.library import Library
-from tools.gpu_check import ceilings, rows, sweep, timings
+from tools.gpu_check import ceilings, end_to_end, rows, sweep, timings
 from tools.gpu_check.common import Recorder
+from tools.gpu_check.prepare import FOLDER, prepared
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ def _small(context: Context) -> None:
     rows.run(c.library, c.recorder, c.generator, small=True)
 
 
+def _model(run: Callable[[end_to_end.Bench], None]) -> Callable[[Context], None]:
+    """A part over whole models, from what :mod:`tools.gpu_check.prepare` made."""
+
+    def part(context: Context) -> None:
+        file, artifact = prepared(FOLDER)
+        c = context
+        run(end_to_end.Bench(c.recorder, file, c.device, c.library, artifact))
+
+    return part
+
+
 # In this order: what later parts are compared with first, then correctness, then speed.
 PARTS = {
     "ceilings": Part(60, lambda c: ceilings.run(c.recorder)),
@@ -69,7 +81,20 @@ PARTS = {
     ),
     "row-timings": Part(40, lambda c: timings.rows(c.library, c.recorder, c.device)),
     "attention-timings": Part(40, lambda c: timings.attention(c.library, c.recorder, c.device)),
+    "model-accuracy": Part(90, _model(end_to_end.accuracy)),
+    "model-decode": Part(120, _model(end_to_end.decode)),
+    "model-prefill": Part(90, _model(end_to_end.prefill)),
+    "model-vision": Part(60, _model(end_to_end.vision)),
 }
+MODEL_PARTS = tuple(name for name in PARTS if name.startswith("model-"))
+
+
+def dry_run(name: str, folder: Path, recorder: Recorder) -> None:
+    """A model part on the CPU: kernels by definition, on what ``prepare --tiny`` made."""
+    file, artifact = prepared(folder)
+    device, plan = torch.device("cpu"), end_to_end.DRY
+    bench = end_to_end.Bench(recorder, file, device, artifact=artifact, plan=plan)
+    getattr(end_to_end, name.removeprefix("model-"))(bench)
 
 
 def run_part(name: str, library: Path, out: Path, seconds: float) -> None:
