@@ -98,7 +98,10 @@ class Source:
         self.config.dtype = dtype
         try:
             skeleton = build_skeleton(self._build, dtype)
-            skeleton.model.set_attn_implementation("sdpa")
+            try:
+                skeleton.model.set_attn_implementation("sdpa")
+            except ValueError:
+                self.adapter.fused_attention = False
             use_dense_experts(skeleton.model)
             use_gated_delta(skeleton.model, self.adapter.text_config)
             self.adapter.prepare(skeleton.model)

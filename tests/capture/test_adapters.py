@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mqc.capture import Adapter, GridAdapter, adapter_for, register
+from mqc.capture import Adapter, GridAdapter, adapter_for, probe, register
 from mqc.capture.adapters.registry import _REGISTRY
 from mqc.capture.segments import segment_attention
 from mqc.errors import CaptureError, CheckpointError
@@ -131,6 +131,20 @@ def test_layers_that_do_not_fit(change: dict[str, Any], reason: str) -> None:
         setattr(config.text_config, key, value)
     with pytest.raises(CaptureError, match=reason):
         adapter_for(config).check()
+
+
+def test_language_model_without_fused_attention() -> None:
+    """Its own attention would add the boolean mask as a number; the probe says so."""
+    config = FAMILIES["paligemma"].config()
+    text = {**config.text_config.to_dict(), "model_type": "gemma2"}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        text[name] = None
+    other = type(config)(**{**config.to_dict(), "text_config": text})
+    model = AutoModelForImageTextToText.from_config(other)
+    report = probe(model)
+    assert not report.captured
+    (decoder,) = [item for item in report.components if item.name == "decoder"]
+    assert not decoder.captured and "scaled_dot_product_attention" in str(decoder.reason)
 
 
 def test_variable_grid_without_adapter() -> None:

@@ -59,6 +59,9 @@ class Adapter:
     takes_modality: bool = False
     """Whether the decoder itself asks which rows are visual (weights of their own for them)."""
 
+    fused_attention: bool = True
+    """False once a part of the model turned out to have no implementation with SDPA."""
+
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
 
@@ -114,6 +117,12 @@ class Adapter:
                     f"({name}), which the captured graphs do not compute",
                     hint=f"use a model without {name}",
                 )
+        if not self.fused_attention:
+            raise CaptureError(
+                f"a part of model type {self.config.model_type!r} has no attention by "
+                "scaled_dot_product_attention, and its own takes other masks",
+                hint="use a model that transformers implements with SDPA",
+            )
         if getattr(self.text_config, "is_encoder_decoder", False):
             raise CaptureError(
                 f"the language model {self.text_config.model_type!r} is an encoder with a decoder; "
