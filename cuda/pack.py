@@ -58,8 +58,9 @@ def pack_weight(q: Tensor, layout: Layout) -> Tensor:
     parts = padded.reshape(-1, 4, 2, 8, padded.shape[1] // TILE_INPUTS, 4, 2, 4, 4)
     if layout.bits == 8:
         # 16 bytes of a thread and step: registers (half, upper/lower rows)
-        words: Tensor = parts.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).contiguous()
-        return words.view(torch.uint8).flatten()
+        flat: Tensor = parts.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).flatten()
+        result: Tensor = flat.view(torch.uint8)
+        return result
     nibbles = parts.view(torch.uint8) & 0x0F
     bytes_ = nibbles.select(2, 0) | (nibbles.select(2, 1) << 4)
     # Now [channel tile, block, row, input tile, step, half, quad, byte]; steps go in pairs.
