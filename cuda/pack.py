@@ -58,13 +58,11 @@ def pack_weight(q: Tensor, layout: Layout) -> Tensor:
     parts = padded.reshape(-1, 4, 2, 8, padded.shape[1] // TILE_INPUTS, 4, 2, 4, 4)
     if layout.bits == 8:
         # 16 bytes of a thread and step: registers (half, upper/lower rows)
-        flat: Tensor = parts.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).flatten()
-        result: Tensor = flat.view(torch.uint8)
-        return result
+        return parts.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).flatten().view(torch.uint8)
     nibbles = parts.view(torch.uint8) & 0x0F
     bytes_ = nibbles.select(2, 0) | (nibbles.select(2, 1) << 4)
     # Now [channel tile, block, row, input tile, step, half, quad, byte]; steps go in pairs.
-    pairs = bytes_.unflatten(4, (2, 2))
+    pairs: Tensor = bytes_.unflatten(4, (2, 2))
     return pairs.permute(0, 3, 4, 1, 2, 7, 5, 6, 8).contiguous().flatten()
 
 
