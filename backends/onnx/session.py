@@ -26,6 +26,7 @@ except ImportError as error:
 
 _HOST_INPUTS = ("inputs_embeds", "position_ids", "mask", "logit_index", "modality")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CHUNK = 2048  # half of it costs 4 % of the time (2B shape), a quarter 30 %
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -76,6 +77,12 @@ class OnnxEngine:
         self._hidden = next(port.shape[-1] for port in ports if port.name == "inputs_embeds")
         self._outputs = [output.name for output in decoder.get_outputs()]
         self._in_place = is_buffer(facts) and provider == "cpu" and attention_in_place()
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a prompt to read at once: activations then take no more memory than for these,
+        and kernels are as fast. A cache that is copied by every call is rather grown once."""
+        return CHUNK if self._in_place else None
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -169,7 +169,7 @@ def prefill(
     chunk: int | None = None,
     padding: Padding = "right",
 ) -> State:
-    """Read prompts, at most ``chunk`` tokens a call (None: all at once)."""
+    """Read prompts, at most ``chunk`` tokens a call (None: as the engine likes it best)."""
     batch = make_batch(prompts, padding)
     rows = batch.last[:, None]
     logits, cache, keys = read(engine, merge(engine, prompts, batch), batch, rows, chunk)
@@ -188,7 +188,8 @@ def read(
 
     Returns (logits float32 on the CPU [B, R, vocab], cache, keys). Chunks give the same result as
     one call; each asks for as many logits rows as it holds at most. A chunk is longer where it
-    would split a block of tokens that attend each other both ways.
+    would split a block of tokens that attend each other both ways. Without ``chunk`` it is the
+    engine's own ``chunk``, or everything at once where it has none.
     """
     if chunk is not None and chunk < 1:
         raise UsageError(f"a chunk of {chunk} tokens is not possible", hint="use 1 or more")
@@ -200,7 +201,8 @@ def read(
         positions = positions.masked_fill(~batch.valid, -1)
     result: torch.Tensor | None = None
     start = 0
-    for end in chunk_ends(batch.blocks, chunk or size):
+    step = chunk or getattr(engine, "chunk", None) or size
+    for end in chunk_ends(batch.blocks, step):
         part, start = slice(start, end), end
         inside = (rows >= part.start) & (rows < part.stop)
         wanted = inside.any(dim=0)
