@@ -124,14 +124,17 @@ def open_engine(folder: Path, *, device: str, kv_cache: str, graphs: bool, capac
 
 
 def device_kernels() -> Any:
-    """The library's kernels on the current CUDA device."""
+    """The library's kernels on the current CUDA device, registered as torch's operators too."""
     from mqc.backends.cuda.native import NativeKernels
+    from mqc.backends.cuda.register import register
     from mqc.cuda.library import load
 
     library = load()
     torch.cuda.init()
     library.check_device()
-    return NativeKernels(library, torch.device("cuda", torch.cuda.current_device()))
+    kernels = NativeKernels(library, torch.device("cuda", torch.cuda.current_device()))
+    register(kernels)
+    return kernels
 
 
 def missing() -> list[tuple[str, str]]:

@@ -13,7 +13,11 @@ import torch
 from mqc.backends.cuda.engine import CudaEngine
 from mqc.backends.cuda.kernels import Attention, CacheTensor, ReferenceKernels
 from mqc.backends.cuda.native import NativeKernels, aligned_rows, hadamard_form
+from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.register import implementations
+from mqc.cuda.pack import pack_linear
 from mqc.host import generate
+from mqc.numerics.packing import pack_int4
 
 CPU = torch.device("cpu")
 
@@ -102,6 +106,39 @@ def test_attention(
         step = 0.04 if kind == torch.int8 else limit
         torch.testing.assert_close(one, two, rtol=limit, atol=step)
         assert not mine.data[:, :, end:].any()
+
+
+def test_operators_that_are_registered_for_the_device(kernels: NativeKernels) -> None:
+    """The functional forms against the operators' definitions, unsigned integers too."""
+    made = implementations(kernels)
+    assert made.keys() >= {"mqc_cuda::linear", "mqc::rms_norm_quantize", "mqc::quantize_static"}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 150, generator=generator)
+    scale, mask = torch.tensor([0.02, 0.05]), torch.rand(2, 3, generator=generator) < 0.5
+    split = torch.tensor([3, 140])
+    ops = torch.ops.mqc
+    for unsigned in (False, True):
+        args = (1e-6, scale, mask, split, unsigned)
+        found = made["mqc::rms_norm_quantize"](x, *args)
+        for mine, other in zip(found, ops.rms_norm_quantize(x, *args), strict=True):
+            torch.testing.assert_close(mine, other)
+    act = ("silu", True, 1, scale, mask, None)
+    one = made["mqc::activation_quantize"](x, *act)
+    assert one[1].shape == (2, 3, 0)
+    assert one[0].equal(ops.activation_quantize(x, *act)[0])
+    quantized = made["mqc::quantize_static"](x, scale, mask)
+    assert quantized.equal(ops.quantize_static(x, scale, mask))
+    y = torch.randn(4, 64, generator=generator)
+    torch.testing.assert_close(made["mqc::hadamard"](y, 32), ops.hadamard(y, 32))
+    table = torch.randint(-127, 128, (9, 24), generator=generator, dtype=torch.int8)
+    ids, sizes = torch.tensor([[1, 8], [0, 3]]), torch.rand(9, generator=generator)
+    found = made["mqc::embedding_w8"](ids, table, sizes)
+    torch.testing.assert_close(found, ops.embedding_w8(ids, table, sizes))
+    weight = torch.randint(-8, 8, (70, 150), generator=generator, dtype=torch.int8)
+    packed, layout = pack_linear(pack_int4(weight), 150)
+    rest = (torch.rand(70), scale, mask, torch.rand(70), None, None, torch.rand(2, 3, 70))
+    linear = made["mqc_cuda::linear"](quantized, packed, *rest, int(layout), torch.float32)
+    assert linear.equal(LINEAR(quantized, packed, *rest, int(layout), torch.float32))
 
 
 def test_rows_as_the_linear_reads_them() -> None:
