@@ -118,15 +118,19 @@ class NativeAttention(Launcher):
         """softmax(q K^T) V over the cache by torch; q [B, S, Hq, D] turned, the cache written."""
         tokens, capacity = q.shape[1], call.keys.data.shape[2]
         keys, values = call.keys.read(call.end, q.dtype), call.values.read(call.end, q.dtype)
-        options: dict[str, Any] = {"scale": call.scale, "enable_gqa": q.shape[2] != keys.shape[1]}
+        options: dict[str, Any] = {"scale": call.scale}
+        repeats = q.shape[2] // keys.shape[1]
         if call.causal and call.end == tokens:
-            options["is_causal"] = True
+            options.update(is_causal=True, enable_gqa=repeats > 1)
+            repeats = 1
         elif call.causal and call.end is not None:
             from torch.nn.attention.bias import causal_lower_right
 
             options["attn_mask"] = causal_lower_right(tokens, call.end)
         else:
             options["attn_mask"] = self._known(call, tokens, capacity)
+        if repeats > 1:  # with a mask, only torch's slow path takes fewer key than query heads
+            keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         rows = scaled_dot_product_attention(q.transpose(1, 2), keys, values, **options)
         return rows.transpose(1, 2).flatten(2)
 

@@ -3,6 +3,7 @@ strides, workspaces and cache writes are the ones that a GPU gets."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import cuda_cases
@@ -106,6 +107,19 @@ def test_attention(
         step = 0.04 if kind == torch.int8 else limit
         torch.testing.assert_close(one, two, rtol=limit, atol=step)
         assert not mine.data[:, :, end:].any()
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(1, 7), (20, 0), (20, 9)])
+def test_causal_attention_without_a_mask(kernels: NativeKernels, tokens: int, past: int) -> None:
+    """Whole prompts, chunks and steps whose mask is known to be causal: it is not looked at."""
+    calls = [attention_call(torch.float32, torch.float32, tokens, past, True) for _ in range(2)]
+    mask = torch.ones(2, 1, tokens, past + tokens, dtype=torch.bool).tril(past)
+    expected_call = replace(calls[1], mask=mask)
+    blind = replace(calls[0], mask=torch.zeros_like(mask), causal=True)
+    outs = [torch.empty(2, tokens, 4 * 64) for _ in range(2)]
+    found = kernels.attention(blind, outs[0])
+    expected = ReferenceKernels().attention(expected_call, outs[1])
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_operators_that_are_registered_for_the_device(kernels: NativeKernels) -> None:
