@@ -26,7 +26,7 @@ from mqc.backends.cuda.slots import Sequences
 from mqc.cuda.library import Library
 from tools.gpu_check import model
 from tools.gpu_check.baseline import TextModel, VisionTower
-from tools.gpu_check.common import Recorder, median_seconds
+from tools.gpu_check.common import Recorder, median_seconds, stream_of
 
 Run = Callable[[], Any]
 
@@ -70,7 +70,7 @@ class Bench:
     def kernels(self) -> Kernels:
         if self.library is None:
             return ReferenceKernels()
-        return NativeKernels(self.library, self.device)
+        return NativeKernels(self.library, self.device, lambda: stream_of(self.device))
 
     @property
     def record(self) -> GraphRecorder:
