@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mqc.backends.cuda.ops import apply_unpacked
 from mqc.cuda.pack import Layout, unpack_weight
-from mqc.ops.attention import heads_of, rotate
+from mqc.ops._heads import rotate
+from mqc.ops.attention import heads_of
 
 _mqc = torch.ops.mqc
 

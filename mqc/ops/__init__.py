@@ -16,9 +16,10 @@ Integer convention
 - ``modality``: None; bool ``[B, S]``, True = visual (mask form); or int64 ``[B]``, the number of
   leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.
 
-Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention`, the linears' `residual`)
-are what lowering passes write for targets with kernels for them. Each is defined as the
-composition of the operators it replaces, so a lowered program gives the same bits as before.
+Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention` over a cache and
+`attention_full` without one, the linears' `residual`) are what lowering passes write for targets
+with kernels for them. Each is defined as the composition of the operators it replaces, so a lowered
+program gives the same bits as before.
 
 In ONNX an operator is a node of domain "ai.mqc", version 1; its op type names the variant by the
 inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_functions`).
@@ -27,6 +28,7 @@ inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_function
 from mqc.ops import (
     activation_quantize,
     attention,
+    attention_full,
     embedding,
     gated_delta,
     hadamard,
@@ -43,6 +45,7 @@ __all__ = [
     "OpDef",
     "activation_quantize",
     "attention",
+    "attention_full",
     "embedding",
     "gated_delta",
     "hadamard",

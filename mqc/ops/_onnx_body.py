@@ -32,14 +32,16 @@ class Body:
         """Append a Constant node."""
         return self("Constant", value=numpy_helper.from_array(np.asarray(value)))
 
-    def attribute(self, name: str) -> str:
-        """The value of the node's float attribute ``name``, a scalar."""
+    def attribute(self, name: str, *, integer: bool = False) -> str:
+        """The value of the node's attribute ``name``: a float scalar, or int64 [1]."""
         value = onnx.AttributeProto(
-            name="value_float", ref_attr_name=name, type=onnx.AttributeProto.FLOAT
+            name="value_int" if integer else "value_float",
+            ref_attr_name=name,
+            type=onnx.AttributeProto.INT if integer else onnx.AttributeProto.FLOAT,
         )
         result = self("Constant")
         self.nodes[-1].attribute.append(value)
-        return result
+        return self("Unsqueeze", result, self.axes(0)) if integer else result
 
     def choose(
         self, condition: str, then: Callable[[Body], str], other: Callable[[Body], str]

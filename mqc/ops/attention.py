@@ -10,30 +10,20 @@ import torch
 from torch import Tensor
 
 from mqc.errors import UsageError
+from mqc.ops._heads import (
+    FORBIDDEN,
+    check_rotary,
+    end_of,
+    repeated,
+    rotary_flags,
+    rotate,
+    rotate_body,
+    slice_body,
+)
 from mqc.ops._library import Arguments, OnnxForm, OpDef, register
 
 if TYPE_CHECKING:
     from mqc.ops._onnx_body import Body
-
-ROTARY = ("none", "half", "interleaved")
-FORBIDDEN = np.float32(torch.finfo(torch.float32).min)
-"""Additive mask of a key that a row may not attend."""
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
-    """Rotary embedding of the first R of D columns; x [B, H, S, D], cos and sin [B, 1, S, R].
-
-    "half": column i turns with i + R/2; "interleaved": column 2i with 2i + 1. x * cos + t * sin,
-    where t is x with the partner's value, negated in the first of each pair.
-    """
-    size = cos.shape[-1]
-    turned, kept = x[..., :size], x[..., size:]
-    if rotary == "half":
-        other = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], dim=-1)
-    else:
-        other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
-    turned = turned * cos + other * sin
-    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
 
 
 def heads_of(
@@ -105,11 +95,7 @@ def reference(
     Raises:
         UsageError: on arguments that do not fit each other.
     """
-    if rotary not in ROTARY or (rotary == "none") != (cos is None or sin is None):
-        raise UsageError(
-            f"rotary {rotary!r} does not fit the given angles",
-            hint="cos and sin come with half or interleaved, and not with none",
-        )
+    check_rotary(rotary, cos, sin)
     q, k, v = heads_of(q, k, v, key_cache)
     if cos is not None and sin is not None:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -123,19 +109,12 @@ def reference(
     repeats = q.shape[1] // k.shape[1]
     out = torch.ops.aten.scaled_dot_product_attention.default(
         q,
-        _repeat(key_cache[:, :, :end], repeats),
-        _repeat(value_cache[:, :, :end], repeats),
+        repeated(key_cache[:, :, :end], repeats),
+        repeated(value_cache[:, :, :end], repeats),
         mask[..., :end],
         scale=scale,
     )
     return out.transpose(1, 2).flatten(2), key_cache, value_cache
-
-
-def _repeat(x: Tensor, times: int) -> Tensor:
-    """Every head ``times`` times, as models write it: the oracle computes what they compute."""
-    batch, groups, rows, width = x.shape
-    wide = x[:, :, None].expand(batch, groups, times, rows, width)
-    return wide.reshape(batch, groups * times, rows, width)
 
 
 def fake(
@@ -161,47 +140,13 @@ def fake(
 
 def _flags(arguments: Arguments) -> tuple[str, ...]:
     packed = ("packed",) if arguments.get("k") is None else ()
-    rotary = str(arguments["rotary"])
-    if rotary == "none":
-        return packed
-    partial = arguments["cos"].shape[-1] != arguments["q"].shape[-1]
-    return (*packed, rotary, *(("partial",) if partial else ()))
+    return (*packed, *rotary_flags(arguments))
 
 
 def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
     apart = () if "packed" in flags else ("k", "v")
     angles = ("cos", "sin") if "half" in flags or "interleaved" in flags else ()
     return ("q", *apart, "key_cache", "value_cache", "past", "mask", *angles)
-
-
-def _slice(body: Body, x: str, start: str, end: str, axis: int, step: int = 1) -> str:
-    return body("Slice", x, start, end, body.axes(axis), body.axes(step))
-
-
-def _end(body: Body) -> str:
-    return body.axes(np.iinfo(np.int64).max)
-
-
-def _rotate_body(body: Body, x: str, flags: Sequence[str]) -> str:
-    """:func:`rotate` of [B, S, H, D], before heads and tokens change places."""
-    zero, two, end = body.axes(0), body.axes(2), _end(body)
-    size = body.dim("cos", -1)
-    turned = _slice(body, x, zero, size, -1) if "partial" in flags else x
-    cos, sin = (body("Unsqueeze", name, two) for name in ("cos", "sin"))
-    if "half" in flags:
-        half = body("Div", size, two)
-        second = body("Neg", _slice(body, turned, half, end, -1))
-        other = body("Concat", second, _slice(body, turned, zero, half, -1), axis=-1)
-    else:
-        odd = body("Neg", _slice(body, turned, body.axes(1), end, -1, 2))
-        last = body.axes(-1)
-        pairs = (odd, _slice(body, turned, zero, end, -1, 2))
-        stacked = body("Concat", *(body("Unsqueeze", part, last) for part in pairs), axis=-1)
-        other = body("Reshape", stacked, body("Shape", turned))
-    y = body("Add", body("Mul", turned, cos), body("Mul", other, sin))
-    if "partial" in flags:
-        y = body("Concat", y, _slice(body, x, size, end, -1), axis=-1)
-    return y
 
 
 def _stop(body: Body) -> str:
@@ -212,8 +157,8 @@ def _append_body(body: Body, cache: str, new: str) -> str:
     """The cache with the new rows: one longer than the past, or a buffer with rows replaced."""
 
     def inside(inner: Body) -> str:
-        head = _slice(inner, cache, inner.axes(0), "past", 2)
-        tail = _slice(inner, cache, _stop(inner), _end(inner), 2)
+        head = slice_body(inner, cache, inner.axes(0), "past", 2)
+        tail = slice_body(inner, cache, _stop(inner), end_of(inner), 2)
         return inner("Concat", head, new, tail, axis=2)
 
     full = body("Equal", "past", body.dim(cache, 2))
@@ -226,15 +171,15 @@ def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
     Scores are made of all rows of the cache, so that no row is copied out of it; those after
     the mask's columns are forbidden.
     """
-    groups, end = body.dim("key_cache", 1), _end(body)
+    groups, end = body.dim("key_cache", 1), end_of(body)
     q, k, v = "q", "k", "v"
     if "packed" in flags:
         minus = body("Neg", groups)
         first = body("Mul", minus, body.axes(2))
-        k, v = _slice(body, "q", first, minus, 2), _slice(body, "q", minus, end, 2)
-        q = _slice(body, "q", body.axes(0), first, 2)
+        k, v = slice_body(body, "q", first, minus, 2), slice_body(body, "q", minus, end, 2)
+        q = slice_body(body, "q", body.axes(0), first, 2)
     if "half" in flags or "interleaved" in flags:
-        q, k = _rotate_body(body, q, flags), _rotate_body(body, k, flags)
+        q, k = rotate_body(body, q, flags), rotate_body(body, k, flags)
     swap = [0, 2, 1, 3]
     keys = _append_body(body, "key_cache", body("Transpose", k, perm=swap))
     values = _append_body(body, "value_cache", body("Transpose", v, perm=swap))
@@ -262,7 +207,7 @@ def _masked_body(body: Body, scores: str, keys: str, repeats: str) -> str:
 
     def padded(inner: Body) -> str:
         stop = _stop(inner)
-        known = _slice(inner, mask, inner.axes(0), stop, 3)
+        known = slice_body(inner, mask, inner.axes(0), stop, 3)
         more = inner("Sub", inner.dim(keys, 2), stop)
         pads = inner("Concat", inner.axes(0, 0, 0, 0, 0, 0, 0), more, axis=0)
         return inner("Add", scores, inner("Pad", known, pads, inner.constant(FORBIDDEN)))

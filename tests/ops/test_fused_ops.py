@@ -5,79 +5,24 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from op_cases import call, run_body, turned
 
-import mqc.ops
 from mqc.errors import UsageError
 from mqc.numerics.packing import pack_int4
 from mqc.ops.onnx_functions import (
     attach_functions,
     translation_table,
-    variant_inputs,
-    variant_outputs,
 )
 
 OPS, aten = torch.ops.mqc, torch.ops.aten
-CONSTANT = {"scale", "split", "qweight", "w_scale", "x_scale", "bias", "w_split"}
 ACTIVATIONS = ["identity", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 MODALITIES = [None, "mask", "count"]
-
-
-def run_body(name: str, values: dict[str, Any]) -> list[torch.Tensor]:
-    """One node of the variant that ``values`` needs, in stock onnxruntime; scales are constant."""
-    op = mqc.ops.OPS[name]
-    shaped = {k: _Onnx(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    op_type = "_".join((op.onnx.name, *op.onnx.flags(shaped)))
-    made = {} if op.onnx.constants is None else op.onnx.constants(shaped)
-    tensors = {k: v.numpy() for k, v in values.items() if isinstance(v, torch.Tensor)} | made
-    names, outputs = variant_inputs(op_type), variant_outputs(op_type)
-    fed = [n for n in names if n not in CONSTANT and n not in made]
-    inputs = [
-        helper.make_tensor_value_info(
-            n,
-            helper.np_dtype_to_tensor_dtype(tensors[n].dtype),
-            [*(f"{n}{i}" for i in range(tensors[n].ndim - 1)), tensors[n].shape[-1]],
-        )
-        for n in fed
-    ]
-    graph = helper.make_graph(
-        [helper.make_node(op_type, names, outputs, domain="ai.mqc", **op.attributes(values))],
-        "node",
-        inputs,
-        [helper.make_empty_tensor_value_info(n) for n in outputs],
-        [numpy_helper.from_array(np.asarray(tensors[n]), n) for n in names if n not in fed],
-    )
-    model = helper.make_model(graph, opset_imports=[], ir_version=10)
-    attach_functions(model)
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return [torch.from_numpy(x) for x in session.run(None, {n: tensors[n] for n in fed})]
-
-
-class _Onnx:
-    """A tensor as variants see it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.shape = tuple(tensor.shape)
-        self.dtype = {torch.bool: "BOOL", torch.int64: "INT64", torch.uint8: "UINT8"}.get(
-            tensor.dtype, "FLOAT"
-        )
-
-
-def call(name: str, values: dict[str, Any]) -> Any:
-    op = mqc.ops.OPS[name]
-    return op.overload(*(values[k] for k in op.arguments if k in values))
 
 
 def modality_of(form: str | None, batch: int, tokens: int) -> torch.Tensor | None:
@@ -214,7 +159,7 @@ def plain_attention(values: dict[str, Any]) -> list[torch.Tensor]:
         q, k, v = q[:, :, : -2 * groups], q[:, :, -2 * groups : -groups], q[:, :, -groups:]
     past = int(values["past"])
     if values["rotary"] != "none":
-        q, k = (_turn(x, values["cos"], values["sin"], values["rotary"]) for x in (q, k))
+        q, k = (turned(x, values["cos"], values["sin"], values["rotary"]) for x in (q, k))
     rows = max(values["key_cache"].shape[2], values["mask"].shape[3])
     caches = []
     for cache, new in ((values["key_cache"], k), (values["value_cache"], v)):
@@ -229,16 +174,6 @@ def plain_attention(values: dict[str, Any]) -> list[torch.Tensor]:
         score = (caches[0][b, group, seen] @ q[b, s, h]) * values["scale"]
         out[b, s, h] = score.softmax(0) @ caches[1][b, group, seen]
     return [out.flatten(2), *caches]
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, form: str) -> torch.Tensor:
-    result, size = x.clone(), cos.shape[-1]
-    for i in range(size):
-        half = size // 2
-        partner = (i + half) % size if form == "half" else i ^ 1
-        sign = -1 if (i < half if form == "half" else i % 2 == 0) else 1
-        result[..., i] = x[..., i] * cos[..., None, i] + sign * x[..., partner] * sin[..., None, i]
-    return result
 
 
 CASES: list[dict[str, Any]] = [
