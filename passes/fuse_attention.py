@@ -245,7 +245,7 @@ class _Rewrite:
                 form, cos, sin = "none", None, None
                 q, k = self._turned(layer.query), self._turned(layer.key)
             v = self._turned(layer.value)
-            packed = _packed(self.graph, q, k, v)
+            packed = packed_heads(self.graph, q, k, v)
             result.counts["packed"] += packed is not None
             heads: tuple[fx.Node | None, ...] = (
                 (q, k, v) if packed is None else (packed, None, None)
@@ -345,7 +345,7 @@ def _same_angles(query: Rotary, key: Rotary) -> bool:
     return (query.cos, query.sin, query.form) == (key.cos, key.sin, key.form)
 
 
-def _packed(graph: fx.Graph, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | None:
+def packed_heads(graph: fx.Graph, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | None:
     """[B, S, Hq + 2 Hkv, D] where q, k and v are adjacent slices of one linear's result."""
     parts = []
     for node in (q, k, v):

@@ -10,6 +10,7 @@ from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_norm import FuseNorm
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
+from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.hadamard_fuse import HadamardFuse
 from mqc.passes.hadamard_online import HadamardOnline
 from mqc.passes.merge_linears import MergeLinears
@@ -37,6 +38,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseQuantize,
         FuseAttention,
         FuseResidual,
+        FuseTowerAttention,
     )
 }
 """In the order of the default pipeline, then those that targets lower with."""

@@ -16,6 +16,8 @@ _END = 2**31
 class Rotary:
     """``source`` [B, H, S, D] (or with heads and tokens changed) turned by angles [B, S, R].
 
+    Without a batch axis: [S, H, D] by angles [S, R].
+
     ``form`` is "half" (column i with i + R/2) or "interleaved" (2i with 2i + 1); R <= D.
     """
 
@@ -26,9 +28,12 @@ class Rotary:
 
 
 def find_rotary(node: Any, heads: int) -> Rotary | None:
-    """The rotary embedding whose result is ``node`` (rank 4, heads on axis ``heads``), or None."""
+    """The rotary embedding whose result is ``node``, or None.
+
+    ``node`` has heads on axis ``heads`` and rank 4, or 3 for one sequence without a batch axis.
+    """
     kind = tensor_type(node)
-    if kind.rank != 4:
+    if kind.rank not in (3, 4):
         return None
     if node.target is aten.cat.default and len(node.args[0]) == 2:
         turned, rest = node.args[0]
@@ -71,13 +76,13 @@ def _factors(node: Any) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _angles(node: Any, heads: int) -> fx.Node | None:
-    """[B, S, R] behind ``unsqueeze(angles, heads)``."""
+    """[B, S, R] (or [S, R]) behind ``unsqueeze(angles, heads)``."""
     if node.target is not aten.unsqueeze.default:
         return None
     source, axis = node.args
     assert isinstance(source, fx.Node) and isinstance(axis, int)
     rank = tensor_type(node).rank
-    return source if rank == 4 and axis % rank == heads else None
+    return source if rank in (3, 4) and axis % rank == heads else None
 
 
 def _partner(node: Any, x: fx.Node) -> str | None:
