@@ -133,7 +133,9 @@ def compile(  # noqa: A001  (mqc.compile)
             progress=report.step,
         )
         data = _calibration_rows(plan, program, calibration, samples)
-        calibrated = _prompts(data, program, folder) if data is not None else None
+        calibrated = None
+        if data is not None:
+            calibrated = _prompts(data, program, folder, trust_remote_code)
         program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
         stages.enter("emit")
         lowered = backend.lower(program)
@@ -193,7 +195,8 @@ def opt(
     if {"static-scales", "quantize-weights", "rms-suppress"} & {item.name for item in pipeline}:
         data = _calibration_rows(plan, program, calibration, samples)
         if data is not None:
-            calibrated = _prompts(data, program, _model_folder(source, program))
+            folder = _model_folder(source, program)
+            calibrated = _prompts(data, program, folder, trust_remote_code)
     program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
     if out is not None:
         folder = Path(out)
@@ -270,9 +273,13 @@ def _calibration_rows(
     return load_dataset(source, limit=samples)
 
 
-def _prompts(data: Dataset, program: Program, folder: Path) -> list[Prompt]:
+def _prompts(
+    data: Dataset, program: Program, folder: Path, trust_remote_code: bool
+) -> list[Prompt]:
     """The rows as prompts; where a row has an answer, its tokens follow the prompt."""
-    runnable = Runnable(ProgramEngine(program), load_processor(folder), adapter_for(folder))
+    processor = load_processor(folder, trust_remote_code)
+    adapter = adapter_for(folder, trust_remote_code)
+    runnable = Runnable(ProgramEngine(program), processor, adapter)
     prompts: list[Prompt] = []
     for row in data:
         prompt = runnable.prompt(row.loaded())

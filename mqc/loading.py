@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def load(artifact: str | Path, **options: Any) -> Runnable:
     """Open an artifact: ``mqc.load(path).generate(prompt="...", images=["a.png"])``.
 
-    ``options`` are the target's, e.g. ``device="reference"`` or ``kv_cache="int8"`` for ``cuda``.
+    ``options`` are the target's, e.g. ``device="reference"`` or ``kv_cache="int8"`` for ``cuda``;
+    ``trust_remote_code=True`` runs the code that the artifact's checkpoint brought.
     """
     return load_artifact(artifact, **options)
 
@@ -31,7 +32,8 @@ def load_float(
     """A checkpoint as it is, in float32, with the interface of a compiled artifact."""
     folder = checkpoint_folder(str(model), revision)
     program = capture(model, revision=revision, trust_remote_code=trust_remote_code)
-    return Runnable(ProgramEngine(program), load_processor(folder), adapter_for(folder))
+    processor = load_processor(folder, trust_remote_code)
+    return Runnable(ProgramEngine(program), processor, adapter_for(folder, trust_remote_code))
 
 
 def open_model(model: str | Path | Runnable, *, trust_remote_code: bool = False) -> Runnable:
@@ -39,5 +41,5 @@ def open_model(model: str | Path | Runnable, *, trust_remote_code: bool = False)
     if isinstance(model, Runnable):
         return model
     if (Path(model) / MANIFEST).is_file():
-        return load_artifact(model)
+        return load_artifact(model, **({"trust_remote_code": True} if trust_remote_code else {}))
     return load_float(model, trust_remote_code=trust_remote_code)

@@ -76,6 +76,7 @@ class CudaTarget:
         kv_cache: str = "float",
         graphs: bool = True,
         capacity: int = 1024,
+        trust_remote_code: bool = False,
     ) -> Runnable:
         """Open an artifact that :meth:`emit` wrote.
 
@@ -85,6 +86,7 @@ class CudaTarget:
             kv_cache: "float", or "int8" with one scale a row.
             graphs: record decode steps as CUDA graphs.
             capacity: rows of the smallest KV buffer; larger ones are made when needed.
+            trust_remote_code: run the code that the checkpoint brought.
 
         Raises:
             TargetError: no GPU, or no kernel library, with what to do about it.
@@ -102,7 +104,7 @@ class CudaTarget:
                 folder, device=device, kv_cache=kv_cache, graphs=graphs, capacity=capacity
             )
 
-        return load_runnable(path, engine)
+        return load_runnable(path, engine, trust_remote_code=trust_remote_code)
 
 
 def open_engine(folder: Path, *, device: str, kv_cache: str, graphs: bool, capacity: int) -> Engine:

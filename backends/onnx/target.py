@@ -68,7 +68,7 @@ class OnnxTarget:
         writer.require_space(parameter_bytes(program))
         emit(program, writer.path("decoder.onnx").parent, progress)
 
-    def load(self, path: Path) -> Runnable:
+    def load(self, path: Path, *, trust_remote_code: bool = False) -> Runnable:
         """Open an artifact that :meth:`emit` wrote. Raises :class:`TargetError` without
         onnxruntime."""
         if not _installed("onnxruntime"):
@@ -76,7 +76,7 @@ class OnnxTarget:
                 f"artifact {path} needs onnxruntime, which is not installed",
                 hint="pip install mqc[cpu]",
             )
-        return load_runnable(path, self._engine)
+        return load_runnable(path, self._engine, trust_remote_code=trust_remote_code)
 
     def _engine(self, folder: Path, manifest: Mapping[str, Any]) -> Engine:
         from mqc.backends.onnx.session import OnnxEngine

@@ -35,9 +35,9 @@ class ReferenceTarget:
         writer.require_space(parameter_bytes(program))
         save_program(program, writer.path(f"{PROGRAM_FOLDER}/program.json").parent)
 
-    def load(self, path: Path) -> Runnable:
+    def load(self, path: Path, *, trust_remote_code: bool = False) -> Runnable:
         """Open an artifact that :meth:`emit` wrote."""
-        return load_runnable(path, _engine)
+        return load_runnable(path, _engine, trust_remote_code=trust_remote_code)
 
 
 def parameter_bytes(program: Program) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -72,9 +73,24 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:
+        if not trust_remote_code and _brings_code(folder):
+            raise CheckpointError(
+                f"the checkpoint {folder} brings its own code, which mqc does not run unasked",
+                hint="read its .py files, then allow them with trust_remote_code "
+                "(--trust-remote-code)",
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"config.json in {folder} cannot be read: {reason}",
             hint="the file is damaged, or its model type is unknown to the installed transformers",
         ) from error
     return config
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether config.json names classes in files of the checkpoint."""
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and bool(data.get("auto_map"))

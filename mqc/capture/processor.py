@@ -45,6 +45,7 @@ _CARRIED = (
     "additional_chat_templates/*",
     "preprocessor_config.json",
     "processor_config.json",
+    "*.py",  # of a checkpoint that brings its own code
     "video_preprocessor_config.json",
 )
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
@@ -112,22 +113,23 @@ class Processor:
         return text
 
 
-def load_processor(folder: str | Path) -> Processor:
+def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Processor:
     """The processor of a checkpoint (or artifact) folder.
 
     Raises :class:`CheckpointError` naming the tokenizer or processor file that is missing or
     unreadable.
     """
     folder = Path(folder)
-    config = load_config(folder)
+    config = load_config(folder, trust_remote_code)
     _require(folder, _TOKENIZER_FILES, "tokenizer")
     _require(folder, _IMAGE_FILES, "image processor")
     kind: type[ProcessorMixin] | None = PROCESSOR_MAPPING.get(type(config), None)
     try:
         if kind is None:
-            return Processor(
-                AutoProcessor.from_pretrained(folder, local_files_only=True), folder, False
+            auto = AutoProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            return Processor(auto, folder, False)
         if "video_processor" in kind.get_attributes() and not is_torchvision_available():
             _tell_once(kind.__name__)
             return Processor(_image_only(kind, folder), folder, True)

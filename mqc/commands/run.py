@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ def run_command(
         list[str] | None,
         typer.Option(help="Option of the target: --runtime kv_cache=int8 (repeatable)."),
     ] = None,
+    trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
     """Ask an artifact about images; the answer is streamed.
@@ -41,7 +42,10 @@ def run_command(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    runnable = api.load(artifact, **common.key_values(runtime or []))
+    options: dict[str, Any] = common.key_values(runtime or [])
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    runnable = api.load(artifact, **options)
     result = runnable.generate(
         prompt=prompt,
         images=list(images or ()),

@@ -159,20 +159,22 @@ def load_runnable(
     make_engine: Callable[[Path, Mapping[str, Any]], Engine],
     *,
     check: bool = True,
+    trust_remote_code: bool = False,
 ) -> Runnable:
     """Open an artifact: check its files, load the processor, make the engine.
 
     ``make_engine(folder, manifest)`` opens the target's own files. ``check`` False skips the
-    files' hashes (their sizes are still compared).
+    files' hashes (their sizes are still compared); ``trust_remote_code`` runs the code that the
+    checkpoint brought.
     """
     from mqc.capture import adapter_for, load_processor
 
     folder = Path(path)
     manifest = check_files(folder, hashes=check)
     model = folder / MODEL_FOLDER
-    return Runnable(
-        make_engine(folder, manifest), load_processor(model), adapter_for(model), manifest
-    )
+    adapter = adapter_for(model, trust_remote_code)
+    processor = load_processor(model, trust_remote_code)
+    return Runnable(make_engine(folder, manifest), processor, adapter, manifest)
 
 
 def _pieces(tokens: Iterator[int], text: TextStream) -> Iterator[str]:

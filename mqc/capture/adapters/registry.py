@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mqc.capture.adapters.base import Adapter
-from mqc.errors import CheckpointError
+from mqc.capture.locate import load_config
 
 _REGISTRY: dict[str, type[Adapter]] = {}
 
@@ -33,19 +33,13 @@ def is_registered(model_type: str) -> bool:
     return model_type in _REGISTRY
 
 
-def adapter_for(config: PretrainedConfig | str | Path) -> Adapter:
+def adapter_for(config: PretrainedConfig | str | Path, trust_remote_code: bool = False) -> Adapter:
     """The adapter of a configuration, or of a folder that holds a ``config.json``.
 
     Raises :class:`CheckpointError` where the folder has no readable configuration.
     """
     if isinstance(config, (str, Path)):
-        try:
-            config = AutoConfig.from_pretrained(str(config), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"no usable config.json in {config}: {error}",
-                hint="give a folder in the Hugging Face layout",
-            ) from error
+        config = load_config(Path(config), trust_remote_code)
     tower = getattr(getattr(config, "vision_config", None), "model_type", "")
     default = _REGISTRY.get(config.model_type, Adapter)
     return _REGISTRY.get(f"{config.model_type}:{tower}", default)(config)
