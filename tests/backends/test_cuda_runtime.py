@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from mqc.backends.cuda import lower as lowering
 from mqc.backends.cuda.engine import CudaEngine, is_causal
 from mqc.backends.cuda.executor import Arena, Call, Executor
 from mqc.backends.cuda.kernels import ReferenceKernels, quantize_rows
@@ -85,6 +86,20 @@ def test_prompts_longer_than_the_buffer() -> None:
     count = 80 - len(prompt)
     expected = generate(reference, prompt, max_new_tokens=count, stop=()).tokens
     assert generate(small, prompt, max_new_tokens=count, stop=()).tokens == expected
+
+
+def test_program_whose_attention_was_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that grow stay tensors; such a program runs without recorded steps."""
+    name = "tiny-llava"
+    fusions = tuple(item for item in lowering.FUSIONS if item != "fuse-attention")
+    monkeypatch.setattr(lowering, "FUSIONS", fusions)
+    program = cuda_cases.quantized(name)
+    cuda = CudaEngine(lower(program, "f32")[0], ReferenceKernels())
+    assert not cuda.greedy
+    expected = cuda_cases.logits(ProgramEngine(program), name, 13, "left")
+    assert cuda_cases.logits(cuda, name, 13, "left").equal(expected)
+    with pytest.raises(UsageError, match="caches grow"):
+        CudaEngine(lower(program, "f32")[0], ReferenceKernels(), kv_cache="int8")
 
 
 def test_two_generations_at_once_do_not_share_memory() -> None:
