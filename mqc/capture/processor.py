@@ -7,12 +7,14 @@ work as ever, a video prompt is refused.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     PROCESSOR_MAPPING,
     AutoImageProcessor,
@@ -123,7 +125,7 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Proce
     config = load_config(folder, trust_remote_code)
     _require(folder, _TOKENIZER_FILES, "tokenizer")
     _require(folder, _IMAGE_FILES, "image processor")
-    kind: type[ProcessorMixin] | None = PROCESSOR_MAPPING.get(type(config), None)
+    kind = PROCESSOR_MAPPING.get(type(config), None) or _named_class(folder)
     try:
         if kind is None:
             auto = AutoProcessor.from_pretrained(
@@ -140,6 +142,18 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Proce
             f"the tokenizer or processor in {folder} cannot be loaded: {reason}",
             hint="take all tokenizer and processor files from the original checkpoint",
         ) from error
+
+
+def _named_class(folder: Path) -> type[ProcessorMixin] | None:
+    """transformers' class that ``processor_config.json`` names, for a model type it does not know;
+    None where it is the checkpoint's own."""
+    try:
+        settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        found = getattr(transformers, str(settings["processor_class"]), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    own = "AutoProcessor" in (settings.get("auto_map") or {})
+    return found if isinstance(found, type) and not own else None
 
 
 def processor_files(folder: str | Path) -> list[Path]:
