@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -45,6 +45,7 @@ def evaluate(
     data: str | Path | Sequence[Any] | None = None,
     n: int = EVALUATION_SAMPLES,
     batch_size: int = 16,
+    runtime: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
@@ -57,6 +58,7 @@ def evaluate(
             generated set.
         n: at most this many rows.
         batch_size: rows a model call holds.
+        runtime: options of the artifact's target, as :func:`mqc.load` takes them.
         trust_remote_code: for a checkpoint, as in transformers.
         reporter: told how far the evaluation is.
 
@@ -65,7 +67,7 @@ def evaluate(
         UsageError: there is no data, or a row without an answer.
     """
     report = reporter or Silent()
-    runnable = open_model(artifact, trust_remote_code=trust_remote_code)
+    runnable = open_model(artifact, trust_remote_code=trust_remote_code, **(runtime or {}))
     other = None
     if against is not None:
         other = open_model(against, trust_remote_code=trust_remote_code)

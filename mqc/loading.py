@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mqc.artifact import MANIFEST
 from mqc.backends.registry import load_artifact
 from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
+from mqc.errors import UsageError
 from mqc.host import ProgramEngine, Runnable
 
 if TYPE_CHECKING:
@@ -36,10 +37,19 @@ def load_float(
     return Runnable(ProgramEngine(program), processor, adapter_for(folder, trust_remote_code))
 
 
-def open_model(model: str | Path | Runnable, *, trust_remote_code: bool = False) -> Runnable:
-    """An artifact, a checkpoint (in float32), or what is open already."""
+def open_model(
+    model: str | Path | Runnable, *, trust_remote_code: bool = False, **options: Any
+) -> Runnable:
+    """An artifact (``options`` are its target's), a checkpoint (in float32), or what is open."""
     if isinstance(model, Runnable):
         return model
     if (Path(model) / MANIFEST).is_file():
-        return load_artifact(model, **({"trust_remote_code": True} if trust_remote_code else {}))
+        if trust_remote_code:
+            options["trust_remote_code"] = True
+        return load_artifact(model, **options)
+    if options:
+        raise UsageError(
+            f"{model} is a checkpoint: it has no option {next(iter(options))!r}",
+            hint="give the artifact that mqc compile made of it",
+        )
     return load_float(model, trust_remote_code=trust_remote_code)

@@ -64,6 +64,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: --set decoder.weights.bits=3 (repeatable)."),
 ]
+Runtime = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the target: --runtime kv_cache=int8 (repeatable)."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the rotations' signs.")]
 
 

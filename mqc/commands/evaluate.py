@@ -22,6 +22,7 @@ def eval_command(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Rows, at most.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a model call holds.")] = 16,
+    runtime: common.Runtime = None,
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -39,6 +40,7 @@ def eval_command(
             data=data,
             n=n,
             batch_size=batch_size,
+            runtime=common.key_values(runtime or []),
             trust_remote_code=trust_remote_code,
             reporter=reporter,
         )

@@ -24,10 +24,7 @@ def run_command(
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
     ] = None,
-    runtime: Annotated[
-        list[str] | None,
-        typer.Option(help="Option of the target: --runtime kv_cache=int8 (repeatable)."),
-    ] = None,
+    runtime: common.Runtime = None,
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:

@@ -179,3 +179,8 @@ def test_interrupt_is_130_without_a_trace() -> None:
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
+
+
+def test_eval_options_of_the_target_need_an_artifact() -> None:
+    result = run("eval", "tiny-llava", "--n", "2", "--runtime", "device=reference", code=2)
+    assert "is a checkpoint" in result.stderr
