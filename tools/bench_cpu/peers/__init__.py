@@ -31,8 +31,14 @@ class Peer:
 _P = "bench_cpu.peers."
 PEERS: dict[str, Peer] = {
     "mqc": Peer("mqc W4A8", _P + "mqc_onnx", ("onnxruntime",), (LINEARS, DECODER, PROMPT)),
+    "mqc-plain": Peer(
+        "mqc W4A8 in plain onnxruntime with its library",
+        _P + "mqc_plain",
+        ("onnxruntime",),
+        (DECODER,),
+    ),
     "mqc-bodies": Peer(
-        "mqc W4A8, stock onnxruntime",
+        "mqc W4A8 without its library",
         _P + "mqc_onnx",
         ("onnxruntime",),
         (DECODER, PROMPT),

@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench_cpu import models
 
 SCHEME = ("weights.method=rtn", "weights.clip=false")
@@ -46,6 +44,8 @@ def prepare(name: str, part: str, cache: Path) -> None:
 
 def open_peer(name: str, part: str, cache: Path, threads: int) -> Any:
     """The loaded artifact, or linears."""
+    import torch
+
     torch.set_num_threads(threads)
     if part == "linears":
         from bench_cpu.peers.mqc_linear import Linears
@@ -70,15 +70,19 @@ class Model:
         self.image_prompt: Any = None
 
     def prefill(self, tokens: int) -> None:
-        ids = torch.tensor(models.token_ids(tokens))
-        positions = torch.arange(tokens).expand(3, -1)
+        import torch
+
         from mqc.host import Prompt
 
+        ids = torch.tensor(models.token_ids(tokens))
+        positions = torch.arange(tokens).expand(3, -1)
         prompt = Prompt(ids, torch.zeros(tokens, dtype=torch.bool), positions, tokens)
         self.state = None
         self.state = self.host.prefill(self.engine, [prompt])
 
     def decode(self) -> None:
+        import torch
+
         self.state = self.host.decode_step(self.engine, self.state, torch.tensor([100]))
 
     def _prompt(self) -> Any:

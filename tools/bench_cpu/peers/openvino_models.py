@@ -47,8 +47,10 @@ class Decoder(nn.Module):
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos(), angles.sin()
         keys = past[0].shape[2] + x.shape[1]
-        # Not "all keys up to a position": the exporters' mask by index, which the fusion knows.
-        mask = torch.arange(keys)[None, :] <= torch.arange(keys)[-x.shape[1] :, None]
+        # By index, which the fusion knows, and as floats: bool takes OpenVINO twice as long.
+        seen = torch.arange(keys)[None, :] <= torch.arange(keys)[-x.shape[1] :, None]
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(seen.shape).masked_fill(~seen, lowest)[None, None]
         present = []
         for layer in range(models.LAYERS):
             base = f"model.layers.{layer}."
@@ -66,9 +68,7 @@ class Decoder(nn.Module):
             k = torch.cat([past[2 * layer].index_select(0, beam_idx), k], 2)
             v = torch.cat([past[2 * layer + 1].index_select(0, beam_idx), v], 2)
             present += [k, v]
-            y = nn.functional.scaled_dot_product_attention(
-                q, self.repeat(k), self.repeat(v), mask[None, None]
-            )
+            y = nn.functional.scaled_dot_product_attention(q, self.repeat(k), self.repeat(v), mask)
             x = x + self.linear(y.transpose(1, 2).flatten(2), base + "self_attn.o_proj")
             h = self.norm(x, base + "post_attention_layernorm")
             gate = nn.functional.silu(self.linear(h, base + "mlp.gate_proj"))
