@@ -39,9 +39,9 @@ class Activation(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [
         *((name, i64) for name in ("batch", "tokens", "heads", "kv_heads", "dim", "value_dim")),
-        *((name, i64) for name in ("past", "capacity")),
+        *((name, i64) for name in ("past", "capacity", "keys")),
         ("rotary", ctypes.c_int),
-        *((name, i64) for name in ("rotary_dim", "angle_batch", "mask_columns")),
+        *((name, i64) for name in ("rotary_dim", "angle_batch", "mask_batch", "mask_columns")),
         ("scale", f32),
         *((name, void) for name in ("q", "k", "v")),
         *((name, i64) for name in ("q_stride", "k_stride", "v_stride")),
@@ -95,8 +95,8 @@ def functions() -> ctypes.CDLL:
     return library
 
 
-def session(model: bytes, *, native: bool, threads: int = 1) -> ort.InferenceSession:
-    """A session of a model through the library's kernels, or through the bodies alone."""
+def session(model: bytes | str, *, native: bool, threads: int = 1) -> ort.InferenceSession:
+    """A session of a model, or of its file, through the library's kernels, or through the bodies alone."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -50,6 +50,13 @@ VARIANTS = {
         *combine(["Attention"], ["", "packed"]),
         *combine(["Attention"], ["", "packed"], ["half", "interleaved"], ["", "partial"]),
     ],
+    "AttentionFull": [
+        *combine(["AttentionFull"], ["", "packed"], ["", "mask"]),
+        *combine(
+            ["AttentionFull"],
+            *(["", "packed"], ["", "mask"], ["half", "interleaved"], ["", "partial"]),
+        ),
+    ],
 }
 ORDERS = {"f0": 1, "f1": 12, "f2": 24, "f3": 12 * 256}
 
@@ -145,12 +152,28 @@ def attention(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
     }
 
 
+def attention_full(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
+    heads, groups, d, turns = 4, 2, 8, "half" in flags or "interleaved" in flags
+    keys, r = S if turns or "packed" in flags else 5, 4 if "partial" in flags else d
+    mask = rng.integers(0, 2, (1, 1, S, keys)).astype(bool)
+    mask[..., 1] = True
+    return {
+        "q": floats(rng, B, S, heads + 2 * groups if "packed" in flags else heads, d),
+        "k": floats(rng, B, keys, groups, d),
+        "v": floats(rng, B, keys, groups, 6),
+        "mask": mask,
+        "cos": floats(rng, B, S, r),
+        "sin": floats(rng, 1, S, r).repeat(B, 0),
+    }
+
+
 MAKERS: dict[str, Callable[[np.random.Generator, str, list[str]], Values]] = {
     "LinearW4A8": linear,
     "LinearW8A8": linear,
     "EmbeddingW8": embedding,
     "RankUpdate": rank_update,
     "Attention": attention,
+    "AttentionFull": attention_full,
 }
 
 
@@ -164,6 +187,7 @@ def arguments(op_type: str, rng: np.random.Generator) -> Values:
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "RmsNormQuantize": {"eps": 1e-5},
     "Attention": {"scale": 0.3},
+    "AttentionFull": {"scale": 0.3, "kv_heads": 2},
 }
 
 
@@ -321,6 +345,8 @@ FUZZED = [
     "RankUpdate",
     "Attention_half",
     "Attention_packed_interleaved_partial",
+    "AttentionFull_mask",
+    "AttentionFull_packed_mask_half_partial",
 ]
 VALID = {
     # What a mutation may leave valid: other rows or columns where nothing else fixes their number,
@@ -336,6 +362,8 @@ VALID = {
     "EmbeddingW8": ("ids", "qweight"),
     "Attention_half": ("mask", "key_cache", "value_cache", "cos", "past"),
     "Attention_packed_interleaved_partial": ("mask", "key_cache", "value_cache", "cos", "past"),
+    "AttentionFull_mask": ("mask", "v"),
+    "AttentionFull_packed_mask_half_partial": ("mask", "q"),
 }
 
 
@@ -392,6 +420,8 @@ def test_no_rows(op_type: str, axis: int, rng: np.random.Generator) -> None:
             values[name] = np.zeros(B, np.int64)
         elif place is not None and not (op_type == "EmbeddingW8" and name != "ids"):
             values[name] = np.ascontiguousarray(np.take(value, [], place))
+            if name == "mask" and axis == 1 and op_type.startswith("AttentionFull"):
+                values[name] = values[name][..., :0]  # keys are rows, too
     calls = {op_type: values}
     made = native.session(model_of(calls).SerializeToString(), native=True)
     assert made.run(None, feeds(calls))[0].size == 0

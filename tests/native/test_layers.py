@@ -198,7 +198,7 @@ def test_attention(lib: ctypes.CDLL, rng: np.random.Generator, case: str, order:
     out = np.zeros((b, s, heads * dv), np.float32)
     form = ("none", "half", "interleaved").index(rotary)
     call = native.Attention(
-        *(b, s, heads, groups, d, dv, past, rows, form, r, 1, past + s, d**-0.5),
+        *(b, s, heads, groups, d, dv, past, rows, 0, form, r, 1, b, past + s, d**-0.5),
         *(x.ctypes.data for x in (q, k, v)),
         *(heads * d, groups * d, groups * dv),
         *(x.ctypes.data for x in (cos, sin, mask, keys, values, out)),
@@ -229,7 +229,7 @@ def test_a_row_that_sees_nothing_is_zero(lib: ctypes.CDLL, rng: np.random.Genera
         mask = np.tril(np.ones((s, s), bool))
         mask[1] = False
         call = native.Attention(
-            *(1, s, 1, 1, 16, 16, 0, s + 70, 0, 0, 1, s, 0.25),
+            *(1, s, 1, 1, 16, 16, 0, s + 70, 0, 0, 0, 1, 1, s, 0.25),
             *(q.ctypes.data,) * 3,
             *(16, 16, 16, None, None, mask.ctypes.data),
             *(cache.ctypes.data, other.ctypes.data, out.ctypes.data),

@@ -1,7 +1,7 @@
-// Attention over the buffered cache.
-#include <cstring>
+// Attention over the buffered cache, and what it shares with attention without one.
+#include "attention.h"
 
-#include "call.h"
+#include <cstring>
 
 namespace mqc_onnx {
 namespace {
@@ -28,9 +28,7 @@ class Attention : public Kernel {
   public:
     Attention(const Variant& variant, const Ort::ConstKernelInfo& info)
         : scale_(info.GetAttribute<float>("scale")),
-          rotary_(variant.has("half")          ? MQC_ROTARY_HALF
-                  : variant.has("interleaved") ? MQC_ROTARY_INTERLEAVED
-                                               : MQC_ROTARY_NONE) {}
+          rotary_(rotary_of(variant)) {}
 
     void compute(Call& call) const override {
         mqc_attention a = {};
@@ -39,14 +37,14 @@ class Attention : public Kernel {
         const Tensor keys = call.input("key_cache"), values = call.input("value_cache");
         heads(call, keys, values, a);
         const int64_t rows = mask_and_past(call, keys, a);
-        if (rotary_ != MQC_ROTARY_NONE) angles(call, a);
+        read_angles(call, a);
 
         a.out = call.output<float>(0, {a.batch, a.tokens, a.heads * a.value_dim});
         a.key_cache = renew(call, 1, keys, rows);
         a.value_cache = renew(call, 2, values, rows);
         a.capacity = rows;
         if (a.batch == 0 || a.tokens == 0) return;
-        run(call, a);
+        run_attention(call, a);
     }
 
   private:
@@ -99,6 +97,7 @@ class Attention : public Kernel {
                          mask.shape[2] == a.tokens,
                      "mask", mask, "[B, 1, S, past + S]");
         a.mask = mask.as<uint8_t>();
+        a.mask_batch = a.batch;
         a.mask_columns = mask.shape[3];
         const int64_t capacity = keys.shape[2];
         if (a.past < 0 || a.past > capacity)
@@ -111,51 +110,58 @@ class Attention : public Kernel {
         return std::max(capacity, a.mask_columns);
     }
 
-    static void angles(const Call& call, mqc_attention& a) {
-        const Tensor c = call.input("cos"), s = call.input("sin");
-        call.require(c.rank() == 3 && (c.shape[0] == a.batch || c.shape[0] == 1) &&
-                         c.shape[1] == a.tokens && c.shape[2] % 2 == 0 && c.shape[2] <= a.dim,
-                     "cos", c, "[B or 1, S, R], R even and at most the head size");
-        call.require(s.shape == c.shape, "sin", s, "the shape of cos");
-        a.angle_batch = c.shape[0];
-        a.rotary_dim = c.shape[2];
-        a.cosine = c.as<float>();
-        a.sine = s.as<float>();
-    }
-
-    static void run(Call& call, const mqc_attention& a) {
-        mqc_attention_plan plan;
-        mqc_attention_prepare(&a, &plan);
-        const Block<float> memory = allocate<float>(plan.workspace);
-        float* workspace = memory.get();
-        const int64_t width = a.kv_heads * (a.dim + a.value_dim) + a.past + a.tokens;
-        call.rows(plan.appends, width, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) mqc_attention_append(&a, &plan, workspace, i);
-            return true;
-        });
-        call.rows(plan.packs, 64 * a.dim, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) mqc_attention_pack(&a, &plan, workspace, i);
-            return true;
-        });
-        const int64_t work = 2 * a.dim * (a.past + a.tokens) * a.heads * a.tokens * a.batch;
-        call.rows(plan.tasks, work / plan.tasks / 8, [&](int64_t begin, int64_t end) {
-            float* own = scratch(plan.scratch);
-            if (!own) return false;
-            for (int64_t i = begin; i < end; i++)
-                mqc_attention_attend(&a, &plan, workspace, own, i);
-            return true;
-        });
-        call.rows(plan.combines, plan.split * a.value_dim, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) mqc_attention_combine(&a, &plan, workspace, i);
-            return true;
-        });
-    }
-
     float scale_;
     int rotary_;
 };
 
 }  // namespace
+
+int rotary_of(const Variant& variant) {
+    if (variant.has("half")) return MQC_ROTARY_HALF;
+    return variant.has("interleaved") ? MQC_ROTARY_INTERLEAVED : MQC_ROTARY_NONE;
+}
+
+void read_angles(const Call& call, mqc_attention& a) {
+    if (a.rotary == MQC_ROTARY_NONE) return;
+    const Tensor c = call.input("cos"), s = call.input("sin");
+    call.require(c.rank() == 3 && (c.shape[0] == a.batch || c.shape[0] == 1) &&
+                     c.shape[1] == a.tokens && c.shape[2] % 2 == 0 && c.shape[2] <= a.dim,
+                 "cos", c, "[B or 1, S, R], R even and at most the head size");
+    call.require(s.shape == c.shape, "sin", s, "the shape of cos");
+    a.angle_batch = c.shape[0];
+    a.rotary_dim = c.shape[2];
+    a.cosine = c.as<float>();
+    a.sine = s.as<float>();
+}
+
+void run_attention(Call& call, const mqc_attention& a) {
+    mqc_attention_plan plan;
+    mqc_attention_prepare(&a, &plan);
+    const Block<float> memory = allocate<float>(plan.workspace);
+    float* workspace = memory.get();
+    const int64_t keys = a.key_cache ? a.past + a.tokens : a.keys;
+    const int64_t written = a.key_cache ? a.kv_heads * (a.dim + a.value_dim) : 0;
+    call.rows(plan.appends, written + keys, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) mqc_attention_append(&a, &plan, workspace, i);
+        return true;
+    });
+    call.rows(plan.packs, 64 * a.dim, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) mqc_attention_pack(&a, &plan, workspace, i);
+        return true;
+    });
+    const int64_t work = 2 * a.dim * keys * a.heads * a.tokens * a.batch;
+    call.rows(plan.tasks, work / plan.tasks / 8, [&](int64_t begin, int64_t end) {
+        float* own = scratch(plan.scratch);
+        if (!own) return false;
+        for (int64_t i = begin; i < end; i++)
+            mqc_attention_attend(&a, &plan, workspace, own, i);
+        return true;
+    });
+    call.rows(plan.combines, plan.split * a.value_dim, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) mqc_attention_combine(&a, &plan, workspace, i);
+        return true;
+    });
+}
 
 Kernel* make_attention(const Variant& variant, const Ort::ConstKernelInfo& info) {
     return new Attention(variant, info);

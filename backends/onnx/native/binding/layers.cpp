@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "call.h"
+#include "attention.h"
 
 namespace mqc_onnx {
 namespace {
@@ -239,8 +239,6 @@ class RankUpdate : public Kernel {
 
 }  // namespace
 
-Kernel* make_attention(const Variant& variant, const Ort::ConstKernelInfo& info);
-
 Kernel* make_layer(const Variant& variant, const Ort::ConstKernelInfo& info) {
     const std::string& name = variant.name;
     if (name == "QuantizeStatic") return new Quantize;
@@ -249,6 +247,7 @@ Kernel* make_layer(const Variant& variant, const Ort::ConstKernelInfo& info) {
     if (name == "Hadamard") return new Hadamard(variant, info);
     if (name == "EmbeddingW8") return new Embedding;
     if (name == "RankUpdate") return new RankUpdate;
+    if (name == "AttentionFull") return make_attention_full(variant, info);
     return make_attention(variant, info);
 }
 

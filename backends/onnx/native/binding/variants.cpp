@@ -136,6 +136,17 @@ std::vector<Variant> make() {
     const Choices packed = {"", "packed"};
     add(all, "Attention", {packed}, attention);
     add(all, "Attention", {packed, {"half", "interleaved"}, {"", "partial"}}, attention);
+    const auto full = [](Variant& v) {
+        v.inputs = {{"q", F32}};
+        if (!v.has("packed")) v.inputs.insert(v.inputs.end(), {{"k", F32}, {"v", F32}});
+        if (v.has("mask")) v.inputs.push_back({"mask", BOOL});
+        if (v.has("half") || v.has("interleaved"))
+            v.inputs.insert(v.inputs.end(), {{"cos", F32}, {"sin", F32}});
+        v.outputs = {{"out", F32}};
+    };
+    const Choices masked = {"", "mask"};
+    add(all, "AttentionFull", {packed, masked}, full);
+    add(all, "AttentionFull", {packed, masked, {"half", "interleaved"}, {"", "partial"}}, full);
     return all;
 }
 

@@ -90,24 +90,26 @@ MQC_LAYERS_API void mqc_rank_update(const float* y, const float* x_split, const 
 
 enum { MQC_ROTARY_NONE = 0, MQC_ROTARY_HALF = 1, MQC_ROTARY_INTERLEAVED = 2 };
 
-/* Attention of S new tokens over a cache with room for `capacity` rows, `past` of them valid.
- * Query head h reads key head h / (heads / kv_heads). */
+/* Attention of S tokens. Query head h reads key head h / (heads / kv_heads).
+ * With a cache: it has room for `capacity` rows, `past` of them valid; k and v are the S new ones.
+ * Without (key_cache NULL): k and v have `keys` rows, and no other are read; past is 0. */
 typedef struct mqc_attention {
-    int64_t batch, tokens, heads, kv_heads, dim, value_dim, past, capacity;
+    int64_t batch, tokens, heads, kv_heads, dim, value_dim, past, capacity, keys;
     int rotary;
     int64_t rotary_dim;     /* even; the first channels of a head */
     int64_t angle_batch;    /* sequences of cosine and sine: batch, or 1 for all */
-    int64_t mask_columns;   /* at least past + tokens; later columns are not read */
+    int64_t mask_batch;     /* sequences of mask: batch, or 1 for all */
+    int64_t mask_columns;   /* at least the keys; later columns are not read */
     float scale;
     const float* q;         /* [B, S, heads, dim], a token every q_stride floats; k, v alike */
-    const float* k;         /* [B, S, kv_heads, dim] */
-    const float* v;         /* [B, S, kv_heads, value_dim] */
+    const float* k;         /* [B, S or keys, kv_heads, dim] */
+    const float* v;         /* [B, S or keys, kv_heads, value_dim] */
     int64_t q_stride, k_stride, v_stride;
-    const float* cosine;    /* [angle_batch, S, rotary_dim] */
+    const float* cosine;    /* [angle_batch, S, rotary_dim]; without a cache keys is S then */
     const float* sine;
-    const uint8_t* mask;    /* [B, S, mask_columns], 1 = may attend */
-    float* key_cache;       /* [B, kv_heads, capacity, dim]: rows [0, past) are read */
-    float* value_cache;     /* [B, kv_heads, capacity, value_dim] */
+    const uint8_t* mask;    /* [mask_batch, S, mask_columns], 1 = may attend; NULL: all may */
+    float* key_cache;       /* [B, kv_heads, capacity, dim]: rows [0, past) are read; or NULL */
+    float* value_cache;     /* [B, kv_heads, capacity, value_dim]; or NULL */
     float* out;             /* [B, S, heads * value_dim] */
 } mqc_attention;
 
@@ -116,7 +118,7 @@ MQC_LAYERS_API int mqc_attention_in_place(void);
 
 /* How a call is divided. Fill it with mqc_attention_prepare, allocate `workspace` floats, then run
  * the phases one after another, the tasks of each in any order and on any threads:
- *   append:  `appends` tasks write the new keys (rotated) and values into the cache
+ *   append:  `appends` tasks (may be 0) write the new keys (rotated) and values into the cache
  *   pack:    `packs` tasks (may be 0)
  *   attend:  `tasks` tasks, each with `scratch` floats of its own
  *   combine: `combines` tasks (may be 0) */

@@ -16,13 +16,13 @@ void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
     const int64_t group = a->heads / a->kv_heads, heads = a->batch * a->kv_heads;
     *plan = {};
     plan->key_blocks = layout.blocks;
-    plan->appends = a->batch * a->tokens;
-    if (a->tokens >= kFewTokens) {
+    plan->appends = a->key_cache ? a->batch * a->tokens : a->mask ? a->mask_batch * a->tokens : 0;
+    if (a->tokens >= kFewTokens || !a->key_cache) {
         const int64_t wanted = group < kTaskRows ? kTaskRows / group : 1;
         plan->query_block = wanted < a->tokens ? wanted : a->tokens;
         plan->packs = heads * layout.blocks;
         plan->tasks = heads * ((a->tokens + plan->query_block - 1) / plan->query_block);
-        plan->workspace = layout.states + plan->packs * a->dim * kKeyBlock;
+        plan->workspace = layout.states + plan->packs * layout.block_size;
     } else {
         plan->query_block = a->tokens;
         plan->split = (layout.length + kSplitKeys - 1) / kSplitKeys;
@@ -34,5 +34,5 @@ void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
         }
     }
     // Queries, outputs, scores, maxima and sums of a task's rows.
-    plan->scratch = plan->query_block * group * (a->dim + a->value_dim + kKeyBlock + 2);
+    plan->scratch = plan->query_block * group * (a->dim + layout.width + kKeyBlock + 2);
 }

@@ -1,9 +1,10 @@
-// Attention over a buffered cache, with an online softmax (Milakov & Gimelshein, 2018) over blocks
-// of 64 keys, so that no row of scores is longer than a block (Dao et al., 2022).
+// Attention over a buffered cache or without one, with an online softmax (Milakov & Gimelshein,
+// 2018) over blocks of 64 keys, so that no row of scores is longer than a block (Dao et al., 2022).
 //
 // The query heads that share a key head are rows of one product. Several tokens: keys are packed
-// once into [block, dim, 64], and both products run in register tiles. One or few tokens: every
-// key is read once, and long caches are split between tasks.
+// once into [block, dim, 64], and both products run in register tiles. One or few tokens over a
+// cache: every key is read once, and long caches are split between tasks. Without a cache values
+// are packed beside their keys, in rows of whole vectors.
 #include <math.h>
 
 #include "attention_layout.h"
@@ -75,10 +76,18 @@ template <bool Add>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth,
              int64_t columns, float* c, int64_t ldc) {
     int64_t j = 0;
-    for (; j + kNv * kLanes <= columns; j += kNv * kLanes)
-        panel<kNv, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
-    for (; j + kLanes <= columns; j += kLanes)
-        panel<1, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
+    for (int64_t left = columns / kLanes, n; left > 0; left -= n, j += n * kLanes) {
+        // A tile of one vector waits for its sums: five vectors are three and two.
+        n = left < kNv ? left : (left == kNv + 1 && kNv > 2 ? kNv - 1 : kNv);
+        if (n == kNv)
+            panel<kNv, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
+        else if (kNv > 2 && n == 3)
+            panel<3, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
+        else if (kNv > 2 && n == 2)
+            panel<2, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
+        else
+            panel<1, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
+    }
     for (; j < columns; j++)
         for (int64_t r = 0; r < rows; r++) {
             float total = Add ? c[r * ldc + j] : 0.0f;
@@ -132,19 +141,21 @@ void soften(float* score, int64_t width, const uint8_t* mask, float* maximum, fl
 // The rows of a task: tokens [first, first + count) of sequence b, all heads of key head `head`;
 // row = token * group + head in the group.
 struct Rows {
-    int64_t b, head, first, count, group, rows;
+    int64_t b, head, first, count, group, rows, width;
     float *query, *out, *scores, *maxima, *sums;
 
-    Rows(const mqc_attention* a, int64_t pair, int64_t from, int64_t tokens, float* scratch)
+    Rows(const mqc_attention* a, const AttentionLayout& layout, int64_t pair, int64_t from,
+         int64_t tokens, float* scratch)
         : b(pair / a->kv_heads),
           head(pair % a->kv_heads),
           first(from),
           count(tokens),
           group(a->heads / a->kv_heads),
           rows(count * group),
+          width(layout.width),
           query(scratch),
           out(query + rows * a->dim),
-          scores(out + rows * a->value_dim),
+          scores(out + rows * width),
           maxima(scores + rows * kKeyBlock),
           sums(maxima + rows) {
         for (int64_t t = 0; t < count; t++) {
@@ -153,7 +164,7 @@ struct Rows {
                 rotate(a, a->q + row * a->q_stride + (head * group + g) * a->dim, row, a->scale,
                        query + (t * group + g) * a->dim);
         }
-        for (int64_t i = 0; i < rows * a->value_dim; i++) out[i] = 0;
+        for (int64_t i = 0; i < rows * width; i++) out[i] = 0;
         for (int64_t r = 0; r < rows; r++) {
             maxima[r] = -INFINITY;
             sums[r] = 0;
@@ -164,8 +175,11 @@ struct Rows {
 // Whether no row of the task may see any key of a block.
 bool hidden(const mqc_attention* a, const AttentionLayout& layout, float* workspace, const Rows& w,
             int64_t block) {
-    for (int64_t t = 0; t < w.count; t++)
-        if (layout.state_of(workspace, w.b * a->tokens + w.first + t)[block] != kNone) return false;
+    if (!a->mask) return false;
+    for (int64_t t = 0; t < w.count; t++) {
+        const int64_t row = layout.mask_row(a, w.b, w.first + t);
+        if (layout.state_of(a, workspace, row)[block] != kNone) return false;
+    }
     return true;
 }
 
@@ -175,17 +189,16 @@ void absorb(const mqc_attention* a, const AttentionLayout& layout, float* worksp
     const int64_t start = block * kKeyBlock;
     const int64_t width = layout.length - start < kKeyBlock ? layout.length - start : kKeyBlock;
     for (int64_t t = 0; t < w.count; t++) {
-        const int64_t row = w.b * a->tokens + w.first + t;
-        const bool all = layout.state_of(workspace, row)[block] == kAll;
+        const int64_t row = layout.mask_row(a, w.b, w.first + t);
+        const uint8_t* states = layout.state_of(a, workspace, row);
+        const bool all = !states || states[block] == kAll;
         const uint8_t* mask = all ? nullptr : a->mask + row * a->mask_columns + start;
         for (int64_t r = t * w.group; r < (t + 1) * w.group; r++)
             soften(w.scores + r * kKeyBlock, width, mask, w.maxima + r, w.sums + r,
-                   w.out + r * a->value_dim, a->value_dim);
+                   w.out + r * w.width, w.width);
     }
-    const int64_t pair = w.b * a->kv_heads + w.head;
-    const int64_t size = a->value_dim;
-    const float* values = a->value_cache + (pair * a->capacity + start) * size;
-    product<true>(w.scores, kKeyBlock, values, size, w.rows, width, size, w.out, size);
+    const float* values = layout.values(a, workspace, w.b * a->kv_heads + w.head, block);
+    product<true>(w.scores, kKeyBlock, values, w.width, w.rows, width, w.width, w.out, w.width);
 }
 
 void finish(const mqc_attention* a, const Rows& w) {
@@ -194,7 +207,57 @@ void finish(const mqc_attention* a, const Rows& w) {
         const int64_t size = a->value_dim;
         float* to = a->out + (row * a->heads + w.head * w.group + r % w.group) * size;
         const float inverse = w.sums[r] > 0 ? 1.0f / w.sums[r] : 0.0f;
-        for (int64_t d = 0; d < size; d++) to[d] = w.out[r * size + d] * inverse;
+        for (int64_t d = 0; d < size; d++) to[d] = w.out[r * w.width + d] * inverse;
+    }
+}
+
+// What a row of the mask allows of each block.
+void note_states(const mqc_attention* a, const AttentionLayout& layout, float* workspace,
+                 int64_t row) {
+    uint8_t* state = layout.state_of(a, workspace, row);
+    const uint8_t* mask = a->mask + row * a->mask_columns;
+    for (int64_t block = 0; block < layout.blocks; block++) {
+        const int64_t start = block * kKeyBlock;
+        const int64_t end = start + kKeyBlock < layout.length ? start + kKeyBlock : layout.length;
+        uint8_t seen = 0;  // at most 64
+        for (int64_t i = start; i < end; i++) seen = static_cast<uint8_t>(seen + (mask[i] != 0));
+        state[block] = seen == 0 ? kNone : (seen == end - start ? kAll : kSome);
+    }
+}
+
+// to[d, i] = from[i, d]: `width` keys, the others of the block 0; eight at a time, so that their
+// lines stay near.
+void transpose(const float* from, int64_t width, int64_t dim, float* to) {
+    constexpr int64_t step = 8;
+    int64_t i = 0;
+    for (; i + step <= width; i += step)
+        for (int64_t d = 0; d < dim; d++) {
+            float line[step];
+            for (int64_t j = 0; j < step; j++) line[j] = from[(i + j) * dim + d];
+            memcpy(to + d * kKeyBlock + i, line, sizeof line);
+        }
+    for (int64_t d = 0; i < kKeyBlock && d < dim; d++)
+        for (int64_t j = i; j < kKeyBlock; j++)
+            to[d * kKeyBlock + j] = j < width ? from[j * dim + d] : 0;
+}
+
+// Turned keys and values of a block where there is no cache. The room of the values holds the
+// turned keys first.
+void pack_rows(const mqc_attention* a, const AttentionLayout& layout, int64_t head, int64_t start,
+               int64_t width, float* to) {
+    const int64_t b = head / a->kv_heads, h = head % a->kv_heads;
+    float* values = to + a->dim * kKeyBlock;
+    for (int64_t i = 0; i < width; i++) {
+        const int64_t row = b * a->keys + start + i;
+        rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, values + i * a->dim);
+    }
+    transpose(values, width, a->dim, to);
+    for (int64_t i = 0; i < width; i++) {
+        const int64_t row = b * a->keys + start + i;
+        float* line = values + i * layout.width;
+        memcpy(line, a->v + row * a->v_stride + h * a->value_dim,
+               static_cast<size_t>(a->value_dim) * sizeof(float));
+        for (int64_t d = a->value_dim; d < layout.width; d++) line[d] = 0;
     }
 }
 
@@ -203,21 +266,14 @@ void finish(const mqc_attention* a, const Rows& w) {
 void attention_append(const mqc_attention* a, const mqc_attention_plan*, float* workspace,
                       int64_t row) {
     const AttentionLayout layout(a);
+    if (a->mask && row < a->mask_batch * a->tokens) note_states(a, layout, workspace, row);
+    if (!a->key_cache) return;
     const int64_t b = row / a->tokens, t = row % a->tokens;
     for (int64_t h = 0; h < a->kv_heads; h++) {
         const int64_t to = (b * a->kv_heads + h) * a->capacity + a->past + t;
         rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, a->key_cache + to * a->dim);
         memcpy(a->value_cache + to * a->value_dim, a->v + row * a->v_stride + h * a->value_dim,
                static_cast<size_t>(a->value_dim) * sizeof(float));
-    }
-    uint8_t* state = layout.state_of(workspace, row);
-    const uint8_t* mask = a->mask + row * a->mask_columns;
-    for (int64_t block = 0; block < layout.blocks; block++) {
-        const int64_t start = block * kKeyBlock;
-        const int64_t end = start + kKeyBlock < layout.length ? start + kKeyBlock : layout.length;
-        int64_t seen = 0;
-        for (int64_t i = start; i < end; i++) seen += mask[i] != 0;
-        state[block] = seen == 0 ? kNone : (seen == end - start ? kAll : kSome);
     }
 }
 
@@ -227,12 +283,11 @@ void attention_pack(const mqc_attention* a, const mqc_attention_plan* plan, floa
     const int64_t head = task / plan->key_blocks, block = task % plan->key_blocks;
     const int64_t start = block * kKeyBlock;
     const int64_t width = layout.length - start < kKeyBlock ? layout.length - start : kKeyBlock;
-    const float* from = a->key_cache + (head * a->capacity + start) * a->dim;
-    float* to = layout.keys(a, workspace, head, block);
-    for (int64_t d = 0; d < a->dim; d++) {
-        for (int64_t i = 0; i < width; i++) to[d * kKeyBlock + i] = from[i * a->dim + d];
-        for (int64_t i = width; i < kKeyBlock; i++) to[d * kKeyBlock + i] = 0;
-    }
+    float* to = layout.keys(workspace, head, block);
+    if (a->key_cache)
+        transpose(a->key_cache + (head * a->capacity + start) * a->dim, width, a->dim, to);
+    else
+        pack_rows(a, layout, head, start, width, to);
 }
 
 namespace {
@@ -245,10 +300,10 @@ void attend_packed(const mqc_attention* a, const mqc_attention_plan* plan, float
     const int64_t first = (plan->tasks - 1 - task) / pairs * size;
     const int64_t count = a->tokens - first < size ? a->tokens - first : size;
     const int64_t pair = (plan->tasks - 1 - task) % pairs;
-    Rows w(a, pair, first, count, scratch);
+    Rows w(a, layout, pair, first, count, scratch);
     for (int64_t block = 0; block < layout.blocks; block++) {
         if (hidden(a, layout, workspace, w, block)) continue;
-        product<false>(w.query, a->dim, layout.keys(a, workspace, pair, block), kKeyBlock, w.rows,
+        product<false>(w.query, a->dim, layout.keys(workspace, pair, block), kKeyBlock, w.rows,
                        a->dim, kKeyBlock, w.scores, kKeyBlock);
         absorb(a, layout, workspace, w, block);
     }
@@ -259,7 +314,7 @@ void attend_split(const mqc_attention* a, const mqc_attention_plan* plan, float*
                   float* scratch, int64_t task) {
     const AttentionLayout layout(a);
     const int64_t pair = task / plan->split, part = task % plan->split;
-    Rows w(a, pair, 0, a->tokens, scratch);
+    Rows w(a, layout, pair, 0, a->tokens, scratch);
     const int64_t begin = layout.blocks * part / plan->split;
     const int64_t end = layout.blocks * (part + 1) / plan->split;
     for (int64_t block = begin; block < end; block++) {
