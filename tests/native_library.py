@@ -96,7 +96,7 @@ def functions() -> ctypes.CDLL:
 
 
 def session(model: bytes | str, *, native: bool, threads: int = 1) -> ort.InferenceSession:
-    """A session of a model, or of its file, through the library's kernels, or through the bodies alone."""
+    """A session of a model (or its path) through the library's kernels, or the bodies alone."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -22,6 +22,12 @@ VARIABLE = "MQC_ONNX_OPS"
 LIBRARY = Path(__file__).parent / "libmqc_onnx.so"
 THREADS_ENTRY = "mqc.threads"
 """Session entry by which a library learns the number of threads; set it before registering."""
+LAYOUT = "c16k4"
+"""The id, in manifests and operator types, of the layout in which files hold the weights of integer
+linears: the kernels' own (:mod:`mqc.numerics.packing`), so that they read the mapped file. Weights
+that it does not fit, and those of older files, are in the reference layout and packed at load."""
+LAYOUT_FACT = "weight_layout"
+"""The fact of a lowered program that names the layout."""
 
 
 def ops_library() -> Path | None:

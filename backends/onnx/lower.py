@@ -2,8 +2,10 @@
 
 None changes what is computed: activations are quantized to the unsigned form (onnxruntime has no
 fast path for signed ones), integer linears have a batch axis (without one it computes them in
-float), counts of visual rows become one shared mask, weights of float linears are stored transposed
-(``MatMul`` takes them as they are), and keys and values repeated for grouped attention are not.
+float), counts of visual rows become one shared mask, weights of integer linears are stored in the
+layout of the native kernels, which then read them where the file is mapped into memory, weights of
+float linears are stored transposed (``MatMul`` takes them as they are), and keys and values
+repeated for grouped attention are not.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from torch import fx
 
 import mqc.ops  # noqa: F401  (registers the operators)
 from mqc.analysis.heads import unrepeated
+from mqc.backends.onnx.library import LAYOUT, LAYOUT_FACT
 from mqc.errors import TargetError
 from mqc.ir import SCALAR, TUPLE, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
 from mqc.ir.params import Loader, ParamStore
+from mqc.numerics.packing import fits_c16k4, pack_c16k4, unpack_int4
 
 aten = torch.ops.aten
 
-_INTEGER_LINEARS = (torch.ops.mqc.linear_w4a8.default, torch.ops.mqc.linear_w8a8.default)
+_BITS = {torch.ops.mqc.linear_w4a8.default: 4, torch.ops.mqc.linear_w8a8.default: 8}
+_INTEGER_LINEARS = tuple(_BITS)
 _QUANTIZERS: dict[Any, tuple[int, int]] = {
     torch.ops.mqc.quantize_static.default: (2, 3),
     torch.ops.mqc.rms_norm_quantize.default: (3, 5),
@@ -48,13 +53,17 @@ def lower(program: Program) -> tuple[Program, dict[str, int]]:
             hint="convert it: program.to(torch.float32)",
         )
     result = program.copy() if program.dtype == torch.float32 else program.to(torch.float32)
-    counts = {"unsigned": 0, "batched": 0, "masks": 0, "transposed": 0, "grouped": 0}
+    names = ("unsigned", "batched", "masks", "packed", "transposed", "grouped")
+    counts = dict.fromkeys(names, 0)
     for component in result:
         counts["unsigned"] += _unsigned_activations(component)
         counts["batched"] += _batch_products(component)
         counts["masks"] += _share_row_masks(component)
+        counts["packed"] += _pack_weights(component, result.params)
         counts["transposed"] += _transpose_weights(component, result.params)
         counts["grouped"] += _group_attention(component)
+    if counts["packed"]:
+        result.facts = {**result.facts, LAYOUT_FACT: LAYOUT}
     eliminate_dead_code(result)
     return result, counts
 
@@ -159,6 +168,41 @@ def _row_mask(graph: fx.Graph, count: fx.Node, source: fx.Node, tokens: Any) -> 
     column = call(graph, aten.unsqueeze.default, (count, 1), kind.with_shape(batch, 1), count)
     mask = TensorType((batch, tokens), torch.bool)
     return call(graph, aten.lt.Tensor, (steps, column), mask, count)
+
+
+def _pack_weights(component: Component, params: ParamStore) -> int:
+    """Weights of integer linears to layout C16K4, where it holds their input channels."""
+    graph, count = component.graph, 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _BITS:
+            continue
+        weight, scale = node.args[1], tensor_type(node.args[2])
+        if weight.op != "get_attr" or tensor_type(weight).rank != 2:
+            continue
+        k, groups = tensor_type(node.args[0]).shape[-1], 1
+        if scale.rank == 2:
+            groups = int(scale.shape[1])
+        if not isinstance(k, int) or not fits_c16k4(k, groups):
+            continue
+        bits = _BITS[node.target]
+        name = f"{weight.target}.{LAYOUT}" + (f".{groups}" if groups > 1 else "")
+        if name not in params:
+            params[name] = _packed(params, str(weight.target), k, groups, bits)
+        with graph.inserting_before(node):
+            tiles = graph.create_node("get_attr", name)
+        shape = (-(-int(scale.shape[0]) // 16), groups, k // groups // (32 // bits), 16, 4)
+        tiles.meta = {"type": TensorType(shape, torch.uint8)}
+        node.update_arg(1, tiles)
+        count += 1
+    return count
+
+
+def _packed(params: ParamStore, name: str, k: int, groups: int, bits: int) -> Loader:
+    def load() -> torch.Tensor:
+        weight = params[name]
+        return pack_c16k4(unpack_int4(weight, k) if bits == 4 else weight, groups, bits)
+
+    return load
 
 
 def _transpose_weights(component: Component, params: ParamStore) -> int:

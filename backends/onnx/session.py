@@ -6,6 +6,8 @@ them, and the cache stays inside onnxruntime as what the last call gave.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqc.backends.onnx.library import THREADS_ENTRY, VARIABLE, attention_in_place, ops_library
+from mqc.backends.onnx.library import (
+    LAYOUT,
+    LAYOUT_FACT,
+    THREADS_ENTRY,
+    VARIABLE,
+    attention_in_place,
+    ops_library,
+)
 from mqc.errors import ArtifactError, TargetError, VerificationError
 from mqc.host.cache import is_buffer, next_capacity, past_of
 from mqc.host.engine import Cache, spread
@@ -48,7 +57,8 @@ class OnnxEngine:
         provider: "cpu" or "cuda".
 
     Raises:
-        ArtifactError: a file is missing or damaged.
+        ArtifactError: a file is missing or damaged, or weights are in a layout that this version
+            does not know.
         TargetError: the provider is unknown or not present in this onnxruntime.
     """
 
@@ -61,6 +71,7 @@ class OnnxEngine:
         provider: str = "cpu",
     ) -> None:
         self._facts = facts
+        _require_layout(folder, facts)
         self._device = provider
         self._open = partial(open_session, providers=_providers(provider), threads=threads)
         self._paths = {name: folder / f"{name}.onnx" for name in ("vision", "embed", "decoder")}
@@ -190,17 +201,39 @@ def open_session(
     options.log_severity_level = 3
     _register_library(options)
     try:
-        return ort.InferenceSession(str(path), options, providers=providers or [_PROVIDERS["cpu"]])
+        session = ort.InferenceSession(
+            str(path), options, providers=providers or [_PROVIDERS["cpu"]]
+        )
     except Exception as error:
         raise ArtifactError(
             f"onnxruntime cannot open {path}: {_reason(error)}",
             hint="copy or compile the artifact again",
         ) from error
+    _trim_heap()
+    return session
+
+
+def _trim_heap() -> None:
+    """Give free memory back to the system: bodies that unpack weights when a session is made leave
+    several times their size in glibc's heap. Other C libraries have no such function."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require(path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", hint="copy or compile the artifact again")
+
+
+def _require_layout(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Files of before the fact was recorded have the reference layout, which kernels pack."""
+    layout = facts.get(LAYOUT_FACT, LAYOUT)
+    if layout != LAYOUT:
+        raise ArtifactError(
+            f"the weights of {folder} are in layout {layout!r}, which this version of mqc does not "
+            f"know; it knows {LAYOUT!r}",
+            hint="compile the model again with this version, or install the one that compiled it",
+        )
 
 
 def _register_library(options: ort.SessionOptions) -> None:

@@ -12,6 +12,8 @@ Integer convention
   [-2, 1]. One scale an output channel (``[N]``), or one a group of K / G inputs (``[N, G]``).
 - packed int4 (also the container of 3 and 2 bits): uint8 ``[N, ceil(K/2)]``, low nibble = even k,
   high nibble = odd k, two's complement, an odd K padded with 0.
+- layout C16K4: either kind of weight as the CPU kernels read it, uint8 with five axes
+  (`mqc.numerics.packing`); the onnx target writes static linears so, and their variant is `c16k4`.
 - activation scales: ``[1]`` for all rows, or ``[2]`` indexed by modality: 0 text, 1 visual.
 - ``modality``: None; bool ``[B, S]``, True = visual (mask form); or int64 ``[B]``, the number of
   leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mqc.errors import UsageError
-from mqc.numerics.packing import unpack_int4
+from mqc.numerics.packing import unpack_c16k4, unpack_int4
 from mqc.ops._library import Arguments
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ def weight_int8(qweight: Tensor, k: int, packed: bool) -> Tensor:
             f"{qweight.dtype} {tuple(qweight.shape)}"
         )
     return qweight
+
+
+def in_tiles(qweight: Any) -> bool:
+    """Whether a weight is stored in layout C16K4, which has five axes."""
+    return len(qweight.shape) == 5
+
+
+def tiled_int8(qweight: Tensor, w_scale: Tensor, k: int, packed: bool) -> Tensor:
+    """A weight in layout C16K4 as int8 [N, k], N and the groups being those of its scales.
+
+    Raises:
+        UsageError: where the two do not fit each other.
+    """
+    n = w_scale.shape[0]
+    return unpack_c16k4(qweight, n, k, groups_of(w_scale, n, k), 4 if packed else 8)
 
 
 def groups_of(w_scale: Tensor, n: int, k: int) -> int:
@@ -108,10 +123,11 @@ def term_inputs(flags: Sequence[str]) -> tuple[str, ...]:
 
 def weight_body(body: Body, flags: Sequence[str], packed: bool) -> str:
     """int8 [N, K]; folded once, when a session is created."""
+    if "c16k4" in flags:
+        return _tiled_body(body, packed)
     if not packed:
         return "qweight"
-    low = body("BitwiseAnd", "qweight", body.constant(np.uint8(15)))
-    high = body("BitShift", "qweight", body.constant(np.uint8(4)), direction="RIGHT")
+    low, high = _nibbles(body)
     last = body.axes(-1)
     pairs = body("Concat", body("Unsqueeze", low, last), body("Unsqueeze", high, last), axis=-1)
     flat = body("Reshape", pairs, body.axes(0, -1))
@@ -120,6 +136,32 @@ def weight_body(body: Body, flags: Sequence[str], packed: bool) -> str:
     # Two's complement of a nibble: (n xor 8) - 8. There is no int8 Sub, so by way of int32.
     shifted = body.cast(body("BitwiseXor", flat, body.constant(np.uint8(8))), "INT32")
     return body.cast(body("Sub", shifted, body.constant(np.int32(8))), "INT8")
+
+
+def _nibbles(body: Body) -> tuple[str, str]:
+    low = body("BitwiseAnd", "qweight", body.constant(np.uint8(15)))
+    return low, body("BitShift", "qweight", body.constant(np.uint8(4)), direction="RIGHT")
+
+
+def _tiled_body(body: Body, packed: bool) -> str:
+    """Layout C16K4 to int8 [N, K], by operators on bytes alone."""
+    if packed:
+        pair = [body("Unsqueeze", half, body.axes(3)) for half in _nibbles(body)]
+        halves = body("Concat", *pair, axis=3)
+        tiles = body("Transpose", halves, perm=[0, 4, 1, 2, 3, 5])
+    else:
+        tiles = body("Transpose", "qweight", perm=[0, 3, 1, 2, 4])
+    padded = body("Flatten", tiles, axis=2)
+    n = body.dim("w_scale", 0)
+    rows = body("Slice", padded, body.axes(0), n, body.axes(0))
+    if packed:  # n - 8 in two's complement: n & 7 from 8 on, else n | 0xF8
+        positive = body.cast(body("BitwiseAnd", rows, body.constant(np.uint8(8))), "BOOL")
+        large = body("BitwiseAnd", rows, body.constant(np.uint8(7)))
+        small = body("BitwiseOr", rows, body.constant(np.uint8(0xF8)))
+        signed = body("Where", positive, large, small)
+    else:
+        signed = body("BitwiseXor", rows, body.constant(np.uint8(128)))
+    return body.cast(signed, "INT8")  # ONNX: integers out of range keep their low bits
 
 
 def terms_body(body: Body, y: str, flags: Sequence[str]) -> str:

@@ -19,9 +19,11 @@ from mqc.ops._weights import (
     compute_dtype,
     grouped_weight_body,
     groups_of,
+    in_tiles,
     odd_flag,
     term_inputs,
     terms_body,
+    tiled_int8,
     weight_body,
     weight_flags,
     weight_int8,
@@ -68,7 +70,8 @@ def _linear(
     """(xq . w^T) * w_scale * x_scale[row] + bias + x_split @ w_split^T + residual; w_scale's dtype.
 
     Args:
-        packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K].
+        packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K]; either may be in
+            layout C16K4 instead (:mod:`mqc.numerics.packing`).
         xq: int8, or uint8 shifted by 128, [..., K].
         w_scale: [N] or [N, G]; with groups, the group products are scaled, then summed.
         x_scale, modality: see `mqc.ops`.
@@ -80,8 +83,12 @@ def _linear(
     """
     if xq.dtype not in (torch.int8, torch.uint8):
         raise UsageError(f"quantized activations are int8 or uint8, got {xq.dtype}")
-    k, n = xq.shape[-1], qweight.shape[0]
-    weight = weight_int8(qweight, k, packed)
+    k = xq.shape[-1]
+    if in_tiles(qweight):
+        weight = tiled_int8(qweight, w_scale, k, packed)
+    else:
+        weight = weight_int8(qweight, k, packed)
+    n = weight.shape[0]
     groups = groups_of(w_scale, n, k)
     bound = 8 if packed else 128
     scale = w_scale.to(compute_dtype(w_scale.dtype)).reshape(n, groups)
@@ -107,13 +114,14 @@ def fake(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Shape function: xq's rows times N, in w_scale's dtype."""
-    return xq.new_empty((*xq.shape[:-1], qweight.shape[0]), dtype=w_scale.dtype)
+    return xq.new_empty((*xq.shape[:-1], w_scale.shape[0]), dtype=w_scale.dtype)
 
 
 def _flags(packed: bool, arguments: Arguments) -> tuple[str, ...]:
     signed = () if str(arguments["xq"].dtype) == "UINT8" else ("s8",)
     odd = odd_flag("xq", arguments) if packed else ()
-    return modality_flag("x_scale", arguments) + weight_flags(arguments) + odd + signed
+    layout = ("c16k4",) if in_tiles(arguments["qweight"]) else ()
+    return modality_flag("x_scale", arguments) + weight_flags(arguments) + odd + signed + layout
 
 
 def _inputs(flags: Sequence[str]) -> tuple[str, ...]:

@@ -188,6 +188,14 @@ def test_damaged_weights(damaged: Path, size: int | None) -> None:
         OnnxEngine(damaged, {}, threads=1)
 
 
+def test_unknown_layout_of_weights(files: tuple[Program, Path]) -> None:
+    """Named by the facts; a file of an operator type that nobody knows is refused as well."""
+    assert OnnxEngine(files[1], {"weight_layout": "c16k4"}, threads=1).facts
+    with pytest.raises(ArtifactError, match=r"layout 'c32k8', which this version .* 'c16k4'") as e:
+        OnnxEngine(files[1], {"weight_layout": "c32k8"}, threads=1)
+    assert "compile the model again" in str(e.value.hint)
+
+
 def test_provider(files: tuple[Program, Path]) -> None:
     with pytest.raises(TargetError, match="unknown onnxruntime provider 'tpu'"):
         OnnxEngine(files[1], {}, provider="tpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import native_library as native
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import mqc.ops
 from mqc.numerics.hadamard import hadamard_factors, hadamard_plan
-from mqc.numerics.packing import pack_int4
+from mqc.numerics.packing import pack_c16k4, pack_int4
 from mqc.ops._onnx_body import DOMAIN, DOMAIN_VERSION, OPSET
 from mqc.ops.onnx_functions import attach_functions, variant_inputs, variant_outputs
 
@@ -36,8 +37,11 @@ TERMS = [["", flag] for flag in ("bias", "split", "residual", "group")]
 ACTIVATIONS = ["identity", "silu", "gelu", "gelutanh", "quickgelu", "relu"]
 FACTORS = ["f0", "f1", "f2", "f3"]
 VARIANTS = {
-    "LinearW4A8": combine(["LinearW4A8"], MODALITY, *TERMS, ["", "odd"], ["", "s8"]),
-    "LinearW8A8": combine(["LinearW8A8"], MODALITY, *TERMS, ["", "s8"]),
+    "LinearW4A8": [
+        *combine(["LinearW4A8"], MODALITY, *TERMS, ["", "odd"], ["", "s8"]),
+        *combine(["LinearW4A8"], MODALITY, *TERMS, ["", "s8"], ["c16k4"]),
+    ],
+    "LinearW8A8": combine(["LinearW8A8"], MODALITY, *TERMS, ["", "s8"], ["", "c16k4"]),
     "QuantizeStatic": combine(["QuantizeStatic"], MODALITY, FORM),
     "RmsNormQuantize": combine(["RmsNormQuantize"], MODALITY, FORM, SPLIT),
     "ActivationQuantize": combine(
@@ -90,9 +94,12 @@ def linear(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
     weight = torch.from_numpy(q.astype(np.int8))
     xq = rng.integers(-127, 128, (B, S, k))
     s8 = "s8" in flags
+    stored = pack_int4(weight) if bits == 4 else weight
+    if "c16k4" in flags:
+        stored = pack_c16k4(weight, 3 if "group" in flags else 1, bits)
     return {
         "xq": xq.astype(np.int8) if s8 else (xq + 128).astype(np.uint8),
-        "qweight": (pack_int4(weight) if bits == 4 else weight).numpy(),
+        "qweight": stored.numpy(),
         "w_scale": rng.uniform(0.1, 1, (N, 3) if "group" in flags else N).astype(np.float32),
         "x_scale": two_scales(flags),
         "bias": floats(rng, N),
@@ -264,6 +271,51 @@ def test_kernels_equal_bodies(op: str, threads: int, rng: np.random.Generator) -
             break  # the others differ in flags that these have in other combinations
 
 
+def resident(kind: str) -> int:
+    """MB of memory of this process: "RssAnon", or the pages of the mapped files of that name."""
+    if kind.startswith("Rss"):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(kind)).split()[1]) // 1024
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            inside = line.endswith(kind)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total // 1024
+
+
+@pytest.mark.parametrize("op_type", ["LinearW4A8_c16k4", "LinearW8A8_c16k4"])
+def test_weights_are_read_from_the_mapped_file(
+    op_type: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """No copy of 24 MB is made, neither when the session is made nor when it runs."""
+    if not Path("/proc/self/smaps").is_file():
+        pytest.skip("needs /proc")
+    bits, (n, k) = (4, (6144, 8192)) if "W4" in op_type else (8, (3072, 8192))
+    weight = torch.from_numpy(rng.integers(-8, 8, (n, k), dtype=np.int8))
+    x = rng.integers(0, 256, (1, 1, k), dtype=np.uint8)
+    values = {
+        "xq": x,
+        "qweight": pack_c16k4(weight, 1, bits).numpy(),
+        "w_scale": np.ones(n, np.float32),
+        "x_scale": np.ones(1, np.float32),
+    }
+    model, path, name = model_of({op_type: values}), tmp_path / "m.onnx", f"{op_type}.data"
+    onnx.save_model(model, path, save_as_external_data=True, location=name)
+    given = feeds({op_type: values})
+    want = (x[0].astype(np.float32) - 128) @ weight.numpy().astype(np.float32).T  # sums below 2^24
+    del values["qweight"], weight, model
+    small = arguments(op_type, rng)  # the first session also registers all operators
+    native.session(model_of({op_type: small}).SerializeToString(), native=True)
+    before = resident("RssAnon")
+    made = native.session(str(path), native=True)
+    got = made.run(None, given)[0]
+    assert np.array_equal(got[0], want)
+    assert resident("RssAnon") - before < 16
+    assert resident(name) >= 24
+
+
 def test_library_is_preferred_to_the_body(rng: np.random.Generator) -> None:
     """A count of visual rows above the rows is an error of the kernel; the body accepts it."""
     calls = {"QuantizeStatic_count": arguments("QuantizeStatic_count", rng)}
@@ -336,6 +388,8 @@ FUZZED = [
     "LinearW4A8_count_bias_group_s8",
     "LinearW4A8_odd",
     "LinearW8A8_split_group",
+    "LinearW4A8_mask_bias_split_group_c16k4",
+    "LinearW8A8_residual_s8_c16k4",
     "QuantizeStatic_mask",
     "QuantizeStatic_count_u8",
     "RmsNormQuantize_count_split",

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import guarded_memory
 import native_library as native
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from mqc.backends.onnx.kernels import ISAS, Kernels, PackedLinear, Shape, aligned
 from mqc.errors import UsageError
-from mqc.numerics.packing import pack_int4
+from mqc.numerics.packing import fits_c16k4, pack_c16k4, pack_int4
 
 pytestmark = native.needs_library
 
@@ -70,9 +71,13 @@ def reference(
 
 
 def pack(kernels: Kernels, q: Array, w_scale: Array, bits: int) -> PackedLinear:
-    """Weights int8 [n, k] to the kernels' layout; the way back gives the same."""
+    """Weights int8 [n, k] to the kernels' layout, by C and by Python; the way back is tried too."""
     stored = pack_int4(torch.from_numpy(q)).numpy() if bits == 4 else q
     linear = kernels.pack(stored, w_scale, q.shape[1])
+    groups = w_scale.shape[1]
+    if fits_c16k4(q.shape[1], groups):
+        tiles = pack_c16k4(torch.from_numpy(q), groups, bits)
+        assert np.array_equal(tiles.numpy().reshape(-1), linear.weight)
     assert np.array_equal(kernels.unpack(linear), stored)
     return linear
 
@@ -190,6 +195,24 @@ def test_shapes(
     if workspace:
         assert (memory[need:] == 0x5A).all()
     assert np.array_equal(y, want)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 40])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_end_with_their_memory(kernels: Kernels, bits: int, m: int) -> None:
+    """Weights of a mapped file have no room behind them: a read past the last block faults."""
+    rng = np.random.default_rng(m)
+    for n, k, groups in [(1, 8, 1), (17, 24, 3), (83, 416, 13), (96, 1176, 1), (144, 64, 1)]:
+        q = rng.integers(-8, 8, (n, k)).astype(np.int8)
+        x = rng.integers(-128, 128, (m, k)).astype(np.int8)
+        w_scale = np.ones((n, groups), np.float32)
+        linear = pack(kernels, q, w_scale, bits)
+        end = guarded_memory.guarded(torch.from_numpy(linear.weight))
+        assert end is not None
+        at_end = PackedLinear(linear.shape, end.numpy(), linear.w_scale)
+        y, scale = np.empty((m, n), np.float32), np.ones(1, np.float32)
+        kernels.run(kernels.call(at_end, x, y, x_scale=scale), kernels.threads(1))
+        assert np.array_equal(y, reference(q, x, w_scale, np.ones(m, np.float32), {}))
 
 
 @pytest.mark.parametrize("k", [8960, 29568, 131071])

@@ -10,7 +10,7 @@ import torch
 from onnx import helper, numpy_helper
 
 import mqc.ops
-from mqc.numerics.packing import pack_int4
+from mqc.numerics.packing import pack_c16k4, pack_int4
 from mqc.ops.onnx_functions import attach_functions, variant_inputs
 
 N = 6
@@ -27,22 +27,27 @@ def variants(op: str) -> list[str]:
         ["", "group"],
         ["", "odd"] if packed else [""],
         ["", "s8"] if integer else [""],
+        ["", "c16k4"] if integer else [""],
     ]
-    return ["_".join([op, *filter(None, flags)]) for flags in itertools.product(*choices)]
+    kinds = [flags for flags in itertools.product(*choices) if not {"odd", "c16k4"} <= set(flags)]
+    return ["_".join([op, *filter(None, flags)]) for flags in kinds]
 
 
 def arguments(op_type: str, batch: int, length: int) -> dict[str, torch.Tensor]:
     """Values of every argument a variant has; scales are powers of two."""
     op, *flags = op_type.split("_")
-    k = 15 if "odd" in flags else 12
+    k = 15 if "odd" in flags else 24 if "c16k4" in flags else 12
     bits = 4 if "W4" in op else 8
     q = torch.randint(-8, 8, (N, k)) if bits == 4 else torch.randint(-127, 128, (N, k))
     q = q.to(torch.int8)
     groups = (N, 3) if "group" in flags else (N,)
     x = torch.randint(-127, 128, (batch, length, k))
     modal = "mask" in flags or "count" in flags
+    stored = pack_int4(q) if bits == 4 else q
+    if "c16k4" in flags:
+        stored = pack_c16k4(q, 3 if "group" in flags else 1, bits)
     values = {
-        "qweight": pack_int4(q) if bits == 4 else q,
+        "qweight": stored,
         "w_scale": torch.exp2(torch.randint(-3, 3, groups).float()),
     }
     if op.endswith("A8"):
@@ -112,7 +117,11 @@ def test_bodies_do_not_need_optimizations() -> None:
     torch.manual_seed(0)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for op_type in ("LinearW4A8_count_bias_split_odd_s8", "LinearW4A8_mask_group"):
+    for op_type in (
+        "LinearW4A8_count_bias_split_odd_s8",
+        "LinearW4A8_mask_group",
+        "LinearW4A8_bias_c16k4",
+    ):
         values = arguments(op_type, 2, 3)
         session = ort.InferenceSession(
             node_model(op_type, values).SerializeToString(),

@@ -63,13 +63,17 @@ void add(std::vector<Variant>& all, const char* name, const std::vector<Choices>
 }
 
 void add_linear(std::vector<Variant>& all, bool packed) {
+    // The reference layout of older files (odd: with a padding nibble), or the kernels' own.
     const Choices odd = packed ? Choices{"", "odd"} : Choices{""};
-    add(all, packed ? "LinearW4A8" : "LinearW8A8",
-        {{"", "mask", "count"}, {"", "bias"}, {"", "split"}, {"", "residual"}, {"", "group"}, odd,
-         {"", "s8"}},
-        [packed](Variant& v) {
+    const std::vector<Choices> terms = {{"", "mask", "count"}, {"", "bias"}, {"", "split"},
+                                        {"", "residual"},      {"", "group"}};
+    std::vector<Choices> reference = terms, own = terms;
+    reference.insert(reference.end(), {odd, {"", "s8"}});
+    own.insert(own.end(), {{"", "s8"}, {"c16k4"}});
+    for (const std::vector<Choices>& choices : {reference, own})
+        add(all, packed ? "LinearW4A8" : "LinearW8A8", choices, [packed](Variant& v) {
             v.inputs = {{"xq", v.has("s8") ? I8 : U8},
-                        {"qweight", packed ? U8 : I8},
+                        {"qweight", packed || v.has("c16k4") ? U8 : I8},
                         {"w_scale", F32},
                         {"x_scale", F32}};
             add_modality(v);
