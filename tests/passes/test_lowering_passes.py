@@ -21,6 +21,7 @@ from mqc.passes.cleanup import Cleanup
 from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
+from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.modality_split import ModalitySplit
 from mqc.pipeline import default_passes
@@ -31,7 +32,7 @@ from mqc.transform import Pass, PassContext, PassManager, PassRecord
 from mqc.transform.equivalence import end_to_end_error, example_run
 
 _mqc = torch.ops.mqc
-LOWERING = (MergeLinears, FuseQuantize, FuseAttention, FuseResidual)
+LOWERING = (MergeLinears, FuseQuantize, FuseAttention, FuseResidual, FuseTowerAttention)
 
 
 @cache
@@ -81,6 +82,8 @@ def test_every_pass_leaves_every_bit(name: str) -> None:
     assert counts[1]["gated"] == 4 and counts[1]["activations"] == 5
     assert counts[2] == {"layers": 4, "rotary": 4, "packed": 4}
     assert counts[3] == {"residuals": 16}
+    turned = {} if separate else {"rotary": 4}
+    assert counts[4] == {"attentions": 4, "packed": 4, "masked": 0} | turned
     assert not any(record.skips for _, record in stages(name) if record is not None)
 
 
@@ -126,6 +129,10 @@ def test_attention_of_every_family(name: str) -> None:
     passes = [Canonicalize(), ModalitySplit(), AifsReorder(), Cleanup()]
     before = PassManager(passes).run(wide, PassContext())
     after, record = run(FuseAttention(), before)
+    if before.components["decoder"].has_input("past_conv_0"):  # layers with a recurrent state
+        assert record.skips and "layers" not in record.counts
+        assert after.facts.get("cache") != "buffer"
+        return
     assert record.counts["layers"] == 2 and not record.skips
     assert record.counts.get("rotary", 0) == (0 if name == "blip-2" else 2)
     assert end_to_end_error(before, after, seed=3) <= 1e-12
