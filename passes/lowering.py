@@ -6,10 +6,17 @@ from mqc.ir import Program
 from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
+from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
 from mqc.transform import Pass, PassContext, PassManager
 
-LOWERING: tuple[type[Pass], ...] = (MergeLinears, FuseQuantize, FuseAttention, FuseResidual)
+LOWERING: tuple[type[Pass], ...] = (
+    MergeLinears,
+    FuseQuantize,
+    FuseAttention,
+    FuseResidual,
+    FuseTowerAttention,
+)
 """In the order in which they run."""
 
 

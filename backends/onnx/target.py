@@ -49,12 +49,9 @@ class OnnxTarget:
     def lower(self, program: Program) -> Program:
         """A copy with fused operators, unsigned activations and weights as onnxruntime wants."""
         from mqc.backends.onnx.lower import lower
-        from mqc.passes.fuse_tower_attention import FuseTowerAttention
         from mqc.passes.lowering import fuse
-        from mqc.transform import PassContext, PassManager
 
-        fused = fuse(program, () if self.buffers else ("fuse-attention",))
-        return lower(PassManager([FuseTowerAttention()]).run(fused, PassContext()))[0]
+        return lower(fuse(program, () if self.buffers else ("fuse-attention",)))[0]
 
     def emit(
         self,

@@ -59,7 +59,7 @@ def _turned(node: Any, heads: int) -> Rotary | None:
         for x, cos in _factors(first):
             for t, sin in _factors(second):
                 form = _partner(t, x)
-                turns, lifts = _angles(cos, heads), _angles(sin, heads)
+                turns, lifts = (_angles(angles, x, heads) for angles in (cos, sin))
                 if form is not None and turns is not None and lifts is not None:
                     return Rotary(x, turns, lifts, form)
     return None
@@ -75,14 +75,19 @@ def _factors(node: Any) -> list[tuple[fx.Node, fx.Node]]:
     return [(left, right), (right, left)]
 
 
-def _angles(node: Any, heads: int) -> fx.Node | None:
-    """[B, S, R] (or [S, R]) behind ``unsqueeze(angles, heads)``."""
-    if node.target is not aten.unsqueeze.default:
+def _angles(node: fx.Node, x: fx.Node, heads: int) -> fx.Node | None:
+    """The angles [B, S, R] (or [S, R]) that turn x: ``unsqueeze(angles, heads)``.
+
+    Heads first, [1, S, R] turns x as it is: the missing axis is that of the batch.
+    """
+    rank, kind = tensor_type(x).rank, tensor_type(node)
+    if rank == 4 and heads == 1 and kind.rank == 3 and kind.shape[0] == 1:
+        return node
+    if node.target is not aten.unsqueeze.default or kind.rank != rank:
         return None
     source, axis = node.args
     assert isinstance(source, fx.Node) and isinstance(axis, int)
-    rank = tensor_type(node).rank
-    return source if rank in (3, 4) and axis % rank == heads else None
+    return source if axis % rank == heads else None
 
 
 def _partner(node: Any, x: fx.Node) -> str | None:
