@@ -94,6 +94,14 @@ def calls() -> dict[str, tuple[object, ...]]:
             *(torch.randn(1, 1, 7, 2), torch.randn(1, 1, 7, 2), torch.tensor([4])),
             *(torch.ones(1, 1, 3, 7, dtype=torch.bool), x[..., :2], x[..., :2], 0.5, "half"),
         ),
+        "attention_full": (
+            *(x.reshape(1, 3, 4, 2), None, None, torch.ones(1, 1, 3, 3, dtype=torch.bool)),
+            *(x[..., :2], x[..., :2], 1, 0.5, "half"),
+        ),
+        "gated_delta": (
+            *(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 5)),
+            *(-torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.randn(1, 2, 4, 5)),
+        ),
         "embedding_w8": (torch.tensor([[0, 4]]), q, scale),
     }
 
