@@ -105,13 +105,19 @@ class ProgressReporter:
     """
 
     def __init__(self, progress: Progress, console: Console) -> None:
+        self.interrupted = False
         self._progress = progress
         self._console = console
         self._stage = progress.add_task("starting", total=None)
         self._step = progress.add_task("", total=None, visible=False)
 
+    def _go_on(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
     def stage(self, name: str, index: int, count: int) -> None:
         """Stage ``name``, the ``index``-th of ``count``, begins."""
+        self._go_on()
         self._progress.update(self._stage, description=name, completed=index, total=count)
         self._progress.update(self._step, visible=False)
         if not self._console.is_terminal and name != "done":
@@ -119,6 +125,7 @@ class ProgressReporter:
 
     def step(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``what`` inside the stage are finished."""
+        self._go_on()
         self._progress.update(
             self._step, description=f"  {what}", completed=done, total=total, visible=done < total
         )
@@ -152,7 +159,28 @@ def progress_bars() -> Iterator[ProgressReporter]:
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        yield ProgressReporter(progress, console)
+        reporter = ProgressReporter(progress, console)
+        with _remembered_interrupts(reporter):
+            yield reporter
+
+
+@contextmanager
+def _remembered_interrupts(reporter: ProgressReporter) -> Iterator[None]:
+    """A Ctrl-C that falls into a callback of the garbage collector is only printed by Python;
+    remember it instead, and stop at the next step."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            reporter.interrupted = True
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def quiet_libraries() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,19 @@ def test_interrupt_is_130_without_a_trace() -> None:
 def test_eval_options_of_the_target_need_an_artifact() -> None:
     result = run("eval", "tiny-llava", "--n", "2", "--runtime", "device=reference", code=2)
     assert "is a checkpoint" in result.stderr
+
+
+def test_an_interrupt_in_a_callback_stops_at_the_next_step() -> None:
+    class Watched:
+        pass
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with common.progress_bars() as reporter:
+        thing = Watched()
+        watch = weakref.ref(thing, interrupted)
+        del thing  # Python swallows what the callback raises
+        assert watch() is None
+        with pytest.raises(KeyboardInterrupt):
+            reporter.step("work", 1, 2)
