@@ -9,7 +9,7 @@ from mqc.transform import PassContext
 
 
 def match_rms_norm(rsqrt: fx.Node, ctx: PassContext) -> int:
-    """Replace every ``x * rsqrt`` that is an RMSNorm of ``x``, with its gain; how many there were."""
+    """Replace every ``x * rsqrt`` that is an RMSNorm of ``x``; how many there were."""
     add = rsqrt.args[0]
     if not (isinstance(add, fx.Node) and add.target == aten.add.Tensor):
         return 0
