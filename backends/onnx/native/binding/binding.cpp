@@ -2,87 +2,36 @@
 #include <sched.h>
 
 #include <map>
-#include <memory>
 #include <mutex>
 
 #include "call.h"
+#include "registration.h"
 
 namespace mqc_onnx {
 namespace {
 
-OrtStatusPtr failed(const char* message) {
-    return Ort::GetApi().CreateStatus(ORT_INVALID_ARGUMENT, message);
-}
-
-// Runs f; an exception becomes a status of the session.
-template <class F>
-OrtStatusPtr guarded(const F& f) {
-    try {
-        f();
-        return nullptr;
-    } catch (const std::exception& error) {
-        return failed(error.what());
-    } catch (...) {
-        return failed("unknown error in ai.mqc");
-    }
-}
-
-struct State {
-    const Variant& variant;
-    std::unique_ptr<Kernel> kernel;
-
-    OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-        return guarded([&] {
-            Call call(variant, context);
-            kernel->compute(call);
-        });
-    }
-};
-
-struct Op : Ort::CustomOpBase<Op, State, true> {
-    Op(const Variant& v, int n) : variant(v), name(v.op_type()), threads(n) {}
-
-    const char* GetName() const { return name.c_str(); }
-    size_t GetInputTypeCount() const { return variant.inputs.size(); }
-    ONNXTensorElementDataType GetInputType(size_t i) const { return variant.inputs[i].type; }
-    size_t GetOutputTypeCount() const { return variant.outputs.size(); }
-    ONNXTensorElementDataType GetOutputType(size_t i) const { return variant.outputs[i].type; }
-
-    OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-        return guarded([&] {
-            const Ort::ConstKernelInfo node(info);
-            const bool linear = variant.name.rfind("Linear", 0) == 0;
-            std::unique_ptr<Kernel> made(linear ? make_linear(variant, node, threads)
-                                                : make_layer(variant, node));
-            *kernel = new State{variant, std::move(made)};
-        });
-    }
-
-    const Variant& variant;
-    std::string name;
+struct Provider {
+    typedef mqc_onnx::Call Call;
+    typedef mqc_onnx::Kernel Kernel;
     int threads;
-};
 
-struct Domain {
-    Ort::CustomOpDomain domain{"ai.mqc"};
-    std::vector<std::unique_ptr<Op>> ops;
-
-    explicit Domain(int threads) {
-        for (const Variant& variant : variants()) {
-            ops.push_back(std::make_unique<Op>(variant, threads));
-            domain.Add(ops.back().get());
-        }
+    const char* name() const { return nullptr; }  // the CPU
+    bool has(const Variant&) const { return true; }
+    bool on_host(const std::string&) const { return false; }  // as all others: where it computes
+    Kernel* make(const Variant& variant, const Ort::ConstKernelInfo& info) const {
+        const bool linear = variant.name.rfind("Linear", 0) == 0;
+        return linear ? make_linear(variant, info, threads) : make_layer(variant, info);
     }
 };
 
 // Operators are shared by all sessions with one number of threads, and never freed: sessions keep
 // pointers to them.
-Domain& domain_for(int threads) {
+Domain<Provider>& domain_for(int threads) {
     static std::mutex lock;
-    static auto& domains = *new std::map<int, std::unique_ptr<Domain>>;
+    static auto& domains = *new std::map<int, std::unique_ptr<Domain<Provider>>>;
     const std::lock_guard<std::mutex> guard(lock);
     auto& domain = domains[threads];
-    if (!domain) domain = std::make_unique<Domain>(threads);
+    if (!domain) domain = std::make_unique<Domain<Provider>>(Provider{threads});
     return *domain;
 }
 
@@ -102,15 +51,7 @@ int threads_of(Ort::UnownedSessionOptions& options) {
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL
 RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-    const OrtApi* api = base->GetApi(ORT_API_VERSION);
-    if (!api) {
-        const OrtApi* old = base->GetApi(1);
-        return old ? old->CreateStatus(ORT_FAIL, "libmqc_onnx.so needs a newer onnxruntime")
-                   : nullptr;
-    }
-    Ort::InitApi(api);
-    return mqc_onnx::guarded([&] {
-        Ort::UnownedSessionOptions session(options);
+    return mqc_onnx::register_in(options, base, "libmqc_onnx.so", [](auto& session) {
         session.Add(mqc_onnx::domain_for(mqc_onnx::threads_of(session)).domain);
     });
 }

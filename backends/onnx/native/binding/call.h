@@ -1,4 +1,4 @@
-// One call of a kernel: its inputs by name, checked; its outputs; the session's threads.
+// One call of a CPU kernel: the node's values, and the session's threads.
 #pragma once
 
 #include <atomic>
@@ -6,33 +6,11 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "mqc_layers.h"
-#include "variants.h"
+#include "node.h"
 
 namespace mqc_onnx {
-
-struct Tensor {
-    const void* data = nullptr;
-    std::vector<int64_t> shape;
-    int64_t count = 0;  // elements
-
-    int64_t rank() const { return static_cast<int64_t>(shape.size()); }
-    int64_t last() const { return shape.empty() ? 1 : shape.back(); }
-    // Rows of a tensor [..., last]; 0 where it has no elements in them.
-    int64_t rows() const {
-        int64_t product = 1;
-        for (size_t i = 0; i + 1 < shape.size(); i++) product *= shape[i];
-        return product;
-    }
-    template <class T>
-    const T* as() const {
-        return static_cast<const T*>(data);
-    }
-};
-
-std::string text_of(const std::vector<int64_t>& shape);
 
 // Memory of a kernel that lives as long as its session.
 struct Free {
@@ -49,48 +27,12 @@ Block<T> allocate(int64_t count) {
     return Block<T>(static_cast<T*>(data));
 }
 
-// An input that has to be an initializer, read when the session is made.
-struct Constant {
-    const char* name;
-    std::vector<int64_t> shape;
-    const void* data = nullptr;
-
-    Constant(const Variant& variant, const Ort::ConstKernelInfo& info, const char* input);
-    void require(bool good, const char* wanted) const;
-    template <class T>
-    const T* as() const {
-        return static_cast<const T*>(data);
-    }
-
-  private:
-    std::string op_;
-};
-
 // Thread-local memory of at least `floats` floats, or null where there is none.
 float* scratch(int64_t floats);
 
-class Call {
+class Call : public Node {
   public:
-    Call(const Variant& variant, OrtKernelContext* context)
-        : variant_(variant), ort_(context) {}
-
-    const Variant& variant() const { return variant_; }
-    Tensor input(const char* name) const;
-
-    // An output of this shape; its position is that of its name in the variant.
-    template <class T>
-    T* output(size_t index, const std::vector<int64_t>& shape) {
-        return static_cast<T*>(
-            ort_.GetOutput(index, shape.data(), shape.size()).GetTensorMutableRawData());
-    }
-
-    [[noreturn]] void fail(const std::string& message) const {
-        throw std::runtime_error("ai.mqc::" + variant_.op_type() + ": " + message);
-    }
-    void require(bool good, const char* name, const Tensor& tensor, const char* wanted) const {
-        if (!good)
-            fail(std::string(name) + " has shape " + text_of(tensor.shape) + ", wanted " + wanted);
-    }
+    using Node::Node;
 
     // Row scales from `scale` and the variant's modality for x [..., n].
     mqc_row_scales row_scales(const char* scale, const Tensor& x) const;
@@ -130,9 +72,6 @@ class Call {
 
   private:
     static constexpr int64_t kShare = 1 << 15;
-
-    const Variant& variant_;
-    Ort::KernelContext ort_;
 };
 
 class Kernel {

@@ -1,8 +1,8 @@
 // Kernels of everything but the linears.
-#include <cmath>
 #include <cstring>
 
 #include "attention.h"
+#include "transform.h"
 
 namespace mqc_onnx {
 namespace {
@@ -14,50 +14,10 @@ struct FreePlan {
 };
 typedef std::unique_ptr<mqc_hadamard_plan, FreePlan> Plan;
 
-// The exponent where a +-1 matrix times a factor is Sylvester's of order 2^exponent, else -1.
-int sylvester(const float* m, int64_t n) {
-    if (n & (n - 1)) return -1;
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n; j++)
-            if (std::signbit(m[i * n + j]) != (__builtin_parityll(i & j) != 0)) return -1;
-    return __builtin_ctzll(n);
-}
-
-// The transform of the constant inputs factor0, factor1, ...: a base (or none), then Sylvester's
-// matrices, 1 / sqrt(block) in the last one. Null without factors.
 Plan plan_of(const Variant& variant, const Ort::ConstKernelInfo& info) {
-    int64_t base = 1, block = 1;
-    int log2 = 0;
-    std::vector<int8_t> matrix;
-    float level = 1;
-    for (int i = 0;; i++) {
-        const std::string name = "factor" + std::to_string(i);
-        if (variant.find(name.c_str()) < 0) break;
-        const Constant factor(variant, info, name.c_str());
-        factor.require(factor.shape.size() == 2 && factor.shape[0] == factor.shape[1] &&
-                           factor.shape[0] > 0 && factor.shape[0] <= 4096,
-                       "square");
-        const int64_t n = factor.shape[0];
-        const float* m = factor.as<float>();
-        level = std::fabs(m[0]);
-        for (int64_t j = 0; j < n * n; j++)
-            factor.require(std::fabs(m[j]) == level, "of one magnitude");
-        const int power = sylvester(m, n);
-        factor.require(power >= 0 || i == 0, "a Sylvester matrix");
-        if (power >= 0) {
-            log2 += power;
-        } else {
-            base = n;
-            for (int64_t j = 0; j < n * n; j++) matrix.push_back(std::signbit(m[j]) ? -1 : 1);
-        }
-        block *= n;
-        factor.require(block <= (int64_t{1} << 24), "of an order up to 2^24");
-    }
-    if (block == 1) return nullptr;
-    if (std::fabs(level * std::sqrt(static_cast<double>(block)) - 1) > 1e-5)
-        throw std::runtime_error("ai.mqc::" + variant.op_type() +
-                                 ": the last factor is not divided by the root of the order");
-    Plan plan(mqc_hadamard_create(base, log2, base > 1 ? matrix.data() : nullptr));
+    const Transform t = transform_of(variant, info);
+    if (t.block() == 1) return nullptr;
+    Plan plan(mqc_hadamard_create(t.base, t.log2, t.base > 1 ? t.signs.data() : nullptr));
     if (!plan) throw std::runtime_error("ai.mqc::" + variant.op_type() + ": out of memory");
     return plan;
 }
