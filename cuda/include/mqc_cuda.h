@@ -3,7 +3,7 @@
  * Rules that hold for every function:
  * - Pointers are device pointers unless said otherwise. `stream` is a cudaStream_t; work is enqueued
  *   on it and nothing is synchronised, so every call may be captured into a CUDA graph. No call
- *   allocates device memory.
+ *   allocates device memory. (The section "memory" says where its functions differ.)
  * - Argument structs are plain data. Set `size` to sizeof of the struct you compiled against and
  *   zero what you do not use: a zero field means "none" or "default". A struct may be kept and
  *   reused; the library keeps no pointer to it.
@@ -73,6 +73,22 @@ MQC_API const char* mqc_status_text(int status);
 MQC_API const char* mqc_last_error(void);
 /* MQC_OK if the current device can run the kernels; else MQC_ERROR_DEVICE or MQC_ERROR_CUDA. */
 MQC_API int mqc_check_device(void);
+
+/* ---- memory ---------------------------------------------------------------------------------
+ * For callers without a framework that has device memory. Sizes and strides are in bytes; nothing
+ * is done for zero bytes. */
+/* 1 where the kernels read the host's memory (the emulator of the tests), 0 on a GPU. */
+MQC_API int mqc_memory_on_host(void);
+/* Zeroed memory of the current device, aligned to 256 bytes; waits until it is ready for all
+ * streams. mqc_memory_free waits for the work that may use it. */
+MQC_API int mqc_memory_allocate(int64_t bytes, void** memory);
+MQC_API int mqc_memory_free(void* memory);
+/* From pageable memory of the host, which may be changed as soon as this returns. Without a stream
+ * it waits until the copy is there for all streams. */
+MQC_API int mqc_memory_upload(void* to, const void* from, int64_t bytes, void* stream);
+/* Rows of `width` bytes, on the device. The two do not overlap. */
+MQC_API int mqc_memory_copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride,
+                                 int64_t width, int64_t rows, void* stream);
 
 /* ---- linear ---------------------------------------------------------------------------------
  * y[r, c] = round(x[r, :] . w[c, :] * w_scale[c] * x_scale[row r] + bias[c]
