@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mqc.config import make_recipe
 from mqc.errors import TargetError, UsageError
 from mqc.host import ProgramEngine, Runnable, append_answer
 from mqc.host.score import answer_ids
-from mqc.ir import Program, load_program, save_program
+from mqc.ir import Program, Scratch, load_program, save_program
 from mqc.models import EMBEDDED
 from mqc.pipeline import default_passes, make_passes
 from mqc.progress import Reporter, Silent, Stages
@@ -132,6 +133,8 @@ def compile(  # noqa: A001  (mqc.compile)
             trust_remote_code=trust_remote_code,
             progress=report.step,
         )
+        assert writer.folder is not None
+        program.params.scratch = Scratch(writer.folder)
         data = _calibration_rows(plan, program, calibration, samples)
         calibrated = None
         if data is not None:
@@ -191,6 +194,7 @@ def opt(
         if saved
         else capture(source, trust_remote_code=trust_remote_code, progress=report.step)
     )
+    program.params.scratch = Scratch(Path(tempfile.gettempdir()))
     calibrated = None
     if {"static-scales", "quantize-weights", "rms-suppress"} & {item.name for item in pipeline}:
         data = _calibration_rows(plan, program, calibration, samples)

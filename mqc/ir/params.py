@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 
+from mqc.ir.scratch import Scratch
+
 Loader = Callable[[], torch.Tensor]
 
 
@@ -14,17 +16,19 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
 
     Stored tensors are immutable by convention: a pass that changes a weight stores a new tensor
     under a new name (:meth:`add`), so tied weights untie by themselves and copies of a program
-    share what they do not change.
+    share what they do not change. With a ``scratch``, large tensors that are read or added from
+    then on are kept there; copies inherit it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch | None = None) -> None:
+        self.scratch = scratch
         self._values: dict[str, torch.Tensor | Loader] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value = self._values[name]
         if not isinstance(value, torch.Tensor):
             with torch.inference_mode(False):  # whoever reads first, it is an ordinary tensor
-                value = value()
+                value = self._kept(value())
             self._values[name] = value
         return value
 
@@ -56,25 +60,34 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
         while f"{base}~{index}" in self._values:
             index += 1
         name = f"{base}~{index}"
-        self._values[name] = value.detach().contiguous()
+        self._values[name] = self._kept(value.detach().contiguous())
         return name
+
+    def _kept(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.scratch is None else self.scratch.keep(value)
 
     def copy(self) -> ParamStore:
         """A store that shares the tensors (and the loaders) of this one."""
-        other = ParamStore()
+        other = ParamStore(self.scratch)
         other._values = dict(self._values)
         return other
 
     def cast(self, dtype: torch.dtype) -> ParamStore:
-        """A store whose floating-point tensors are cast to ``dtype``, lazily."""
-        other = ParamStore()
+        """A store whose floating-point tensors are cast to ``dtype``, lazily.
+
+        What this store has not loaded by then, the other loads for itself: a compile that starts
+        from the cast program does not hold the checkpoint beside it.
+        """
+        other = ParamStore(self.scratch)
         for name in self._values:
             other._values[name] = self._cast_loader(name, dtype)
         return other
 
     def _cast_loader(self, name: str, dtype: torch.dtype) -> Loader:
         def load() -> torch.Tensor:
-            value = self[name]
+            value = self._values[name]
+            if not isinstance(value, torch.Tensor):
+                value = value()
             return value.to(dtype) if value.is_floating_point() else value
 
         return load
