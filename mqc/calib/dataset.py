@@ -6,7 +6,7 @@ Sources: a folder of pictures (a ``name.txt`` beside ``name.png`` is its questio
 opened when read.
 
 A row's hash covers what the model sees: roles, text (Unicode NFC, white space collapsed) and the
-decoded RGB pixels, but not the answer. So a row is known again after it was copied, renamed or
+decoded RGB pixels of its pictures and videos, but not the answer. So a row is known again after it was copied, renamed or
 stored in another picture format, and :func:`refuse_overlap` can keep evaluation clean.
 """
 
@@ -23,11 +23,11 @@ from typing import Any, overload
 
 from mqc.errors import CalibrationError, MqcError, UsageError
 from mqc.host.images import open_image
-from mqc.host.prompt import image_source, split_images
+from mqc.host.prompt import image_source, split_media
+from mqc.host.videos import PICTURES, open_video, video_source
 
 DEFAULT_PROMPT = "Describe this image."
 GENERATED = "tiny-vqa"
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,20 @@ class Row:
     base: Path | None = None
 
     def loaded(self) -> list[dict[str, Any]]:
-        """The messages with every picture opened (PIL, RGB)."""
+        """The messages with every picture (PIL, RGB) and video opened."""
         return [{**message, "content": self._open(message["content"])} for message in self.messages]
 
     def _open(self, content: Any) -> Any:
         if isinstance(content, str):
             return content
-        return [
-            {"type": "image", "image": open_image(image_source(part), self.base)}
-            if part.get("type") == "image"
-            else part
-            for part in content
-        ]
+        return [self._opened(part) for part in content]
+
+    def _opened(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part.get("type") == "image":
+            return {"type": "image", "image": open_image(image_source(part), self.base)}
+        if part.get("type") == "video":
+            return {"type": "video", "video": open_video(part, self.base)}
+        return part
 
     @cached_property
     def sha256(self) -> str:
@@ -122,14 +124,19 @@ def load_dataset(
 
 def row_hash(messages: Sequence[Mapping[str, Any]], base: Path | None = None) -> str:
     """SHA-256 of a conversation as the model sees it, hexadecimal (see the module's text)."""
-    plain, images = split_images(messages, base)
+    plain, images, films = split_media(messages, base)
     digest = hashlib.sha256()
-    pictures = iter(images)
+    pictures, videos = iter(images), iter(films)
     for message in plain:
         _feed(digest, "role", str(message["role"]).encode())
         for part in message["content"]:
             if part["type"] == "text":
                 _feed(digest, "text", normalise(part["text"]).encode())
+            elif part["type"] == "video":
+                video = next(videos)
+                _feed(digest, "video", repr((video.length, video.fps, video.rate)).encode())
+                for frame in video.frames():
+                    _feed(digest, "frame", b"%dx%d" % frame.size + frame.tobytes())
             else:
                 picture = next(pictures)
                 _feed(digest, "image", b"%dx%d" % picture.size + picture.tobytes())
@@ -198,7 +205,7 @@ def _generated(name: str) -> list[Row]:
 def _from_folder(folder: Path, prompt: str) -> list[Row]:
     rows = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in _PICTURES or path.name.startswith("."):
+        if path.suffix.lower() not in PICTURES or path.name.startswith("."):
             continue
         question = path.with_suffix(".txt")
         text = question.read_text(encoding="utf-8").strip() if question.is_file() else prompt
@@ -273,7 +280,8 @@ def _check(messages: Any) -> None:
             if not _is_part(part):
                 raise UsageError(
                     f"message part {part!r:.80} is not supported",
-                    hint='use {"type": "text", "text": ...} or {"type": "image", "image": ...}',
+                    hint='use {"type": "text", "text": ...}, {"type": "image", "image": ...} or '
+                    '{"type": "video", "video": ...}',
                 )
 
 
@@ -282,4 +290,6 @@ def _is_part(part: Any) -> bool:
         return False
     if part.get("type") == "text":
         return isinstance(part.get("text"), str)
+    if part.get("type") == "video":
+        return video_source(part) is not None
     return part.get("type") == "image" and image_source(part) is not None
