@@ -18,12 +18,17 @@ from mqc.errors import MqcError
 
 ABI_VERSION = 1
 FILE_NAME = "libmqc_cuda.so"
+_UNSUPPORTED = 2
 PATH_VARIABLE = "MQC_CUDA_LIBRARY"
 """Environment variable that names another library file."""
 
 
 class KernelError(MqcError):
     """The kernel library is missing, does not fit, or refused a call."""
+
+
+class UnsupportedError(KernelError):
+    """The arguments are valid, but the library has no kernel for them on this device."""
 
 
 class DType(IntEnum):
@@ -236,9 +241,10 @@ class Library:
         choice.argtypes = [POINTER(LinearArgs), POINTER(c_int32), POINTER(c_int32)]
 
     def check(self, status: int) -> None:
-        """Raise KernelError unless the status is MQC_OK."""
+        """Raise KernelError unless the status is MQC_OK; its subclass for what has no kernel."""
         if status:
-            raise KernelError(self.native.mqc_last_error().decode(errors="replace"))
+            kind = UnsupportedError if status == _UNSUPPORTED else KernelError
+            raise kind(self.native.mqc_last_error().decode(errors="replace"))
 
     def check_device(self) -> None:
         """Raise KernelError unless the current device can run the kernels."""

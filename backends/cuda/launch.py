@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mqc.cuda.library import Arguments, DType, Library
+from mqc.cuda.library import Arguments, DType, Library, UnsupportedError
 
 DTYPES = {
     torch.bfloat16: DType.BF16,
@@ -50,7 +50,16 @@ class Launcher:
         self._sizes: dict[Any, int] = {}
 
     def launch(self, name: str, arguments: Arguments) -> None:
+        """Enqueue a kernel."""
         self.library.launch(name, arguments, self._stream())
+
+    def try_launch(self, name: str, arguments: Arguments) -> bool:
+        """Enqueue a kernel; False where this device has none for the arguments."""
+        try:
+            self.launch(name, arguments)
+        except UnsupportedError:
+            return False
+        return True
 
     def workspace(self, name: str, key: tuple[Any, ...], arguments: Any) -> None:
         """Give a call its workspace: one for all, zeroed once. Older ones stay alive, for captured

@@ -6,12 +6,14 @@ by torch operators on the same device: slower, and the same to the rounding.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mqc.backends.cuda.definitions import Definitions
 from mqc.backends.cuda.launch import DTYPES, as_rows, pointer
 from mqc.backends.cuda.native_attention import NativeAttention
 from mqc.backends.cuda.plan import ROW_ALIGNMENT
@@ -27,7 +29,6 @@ from mqc.cuda.library import (
 from mqc.cuda.pack import hadamard_table
 from mqc.numerics.hadamard import hadamard_factors
 
-_mqc = torch.ops.mqc
 MAX_BASE = 160
 MAX_NORM = 16384
 MAX_ROW = 32768
@@ -41,6 +42,7 @@ def aligned_rows(x: Tensor) -> Tensor:
     return pad(flat, (0, -flat.shape[1] % ROW_ALIGNMENT))[:, : x.shape[-1]]
 
 
+@functools.cache
 def hadamard_form(block: int) -> tuple[int, int]:
     """(base, log2) with block = base << log2; base 1 for powers of two."""
     factors = hadamard_factors(block)
@@ -59,6 +61,7 @@ class NativeKernels(NativeAttention):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._tables: dict[int, Tensor] = {}
+        self._defined = Definitions(self.device)
 
     def _rows_scale(self, x: Tensor, scale: Tensor, modality: Tensor | None) -> dict[str, Any]:
         """Fields that say how the rows of x [B, S, K] find their scale."""
@@ -132,8 +135,7 @@ class NativeKernels(NativeAttention):
         """See :class:`~mqc.backends.cuda.kernels.Kernels`; float columns cost a second launch."""
         h = None if split is None else torch.empty_like(as_rows(x))
         if not self._norm(x, eps, xq, scale, modality, h):
-            integers, _ = _mqc.rms_norm_quantize(x, eps, scale, modality, None)
-            xq.copy_(integers)
+            xq.copy_(self._defined.rms_norm_quantize(x, eps, scale, modality))
             h = None if split is None else as_rows(_float_norm(x, eps))
         if x_split is not None and h is not None and split is not None:
             torch.index_select(h, 1, split, out=as_rows(x_split))
@@ -188,62 +190,54 @@ class NativeKernels(NativeAttention):
         split: Tensor | None,
     ) -> None:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`."""
-        base, log2 = hadamard_form(block)
-        if base > MAX_BASE or xq.shape[-1] > MAX_ROW:
-            integers, columns = _mqc.activation_quantize(
-                x, activation, gated, block, scale, modality, split
-            )
+        columns = None if x_split is None else as_rows(x_split)
+        modal = self._rows_scale(x, scale, modality)
+        kept = modal.pop("_keep", None)
+        q = as_rows(xq)
+        fields = {
+            "activation": Activation[activation.upper()],
+            "gated": int(gated),
+            "split_columns": 0 if columns is None else columns.shape[1],
+            "xq_stride": q.stride(0),
+            "x_split_stride": 0 if columns is None else columns.stride(0),
+            "scale": scale.data_ptr(),
+            "split": pointer(split),
+            "xq": q.data_ptr(),
+            "x_split": pointer(columns),
+            **modal,
+        }
+        if not self._transform(as_rows(x), xq.shape[-1], block, fields):
+            how = (activation, gated, block, scale, modality, split)
+            integers, floats = self._defined.activation_quantize(x, *how)
             xq.copy_(integers)
             if x_split is not None:
-                x_split.copy_(columns)
-            return
-        flat, q = as_rows(x), as_rows(xq)
-        columns = None if x_split is None else as_rows(x_split)
-        rows = self._rows_scale(x, scale, modality)
-        kept = rows.pop("_keep", None)
-        arguments = ActivationArgs(
-            dtype=DTYPES[x.dtype],
-            activation=Activation[activation.upper()],
-            gated=int(gated),
-            hadamard_base=base,
-            hadamard_log2=log2,
-            split_columns=0 if columns is None else columns.shape[1],
-            rows=flat.shape[0],
-            columns=xq.shape[-1],
-            x_stride=flat.stride(0),
-            xq_stride=q.stride(0),
-            x_split_stride=0 if columns is None else columns.stride(0),
-            x=flat.data_ptr(),
-            scale=scale.data_ptr(),
-            hadamard=pointer(self._table(base)),
-            split=pointer(split),
-            xq=q.data_ptr(),
-            x_split=pointer(columns),
-            **rows,
-        )
-        self.launch("activation_quantize", arguments)
+                x_split.copy_(floats)
         del kept
 
     def hadamard(self, out: Tensor, x: Tensor, block: int) -> None:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`."""
+        y = as_rows(out)
+        fields = {"y_stride": y.stride(0), "y": y.data_ptr()}
+        if not self._transform(as_rows(x), x.shape[-1], block, fields):
+            out.copy_(self._defined.hadamard(x, block))
+
+    def _transform(self, x: Tensor, columns: int, block: int, fields: dict[str, Any]) -> bool:
+        """Launch activation_quantize on rows; False where the library has no kernel for them."""
         base, log2 = hadamard_form(block)
-        if base > MAX_BASE or x.shape[-1] > MAX_ROW:
-            out.copy_(_mqc.hadamard(x, block))
-            return
-        flat, y = as_rows(x), as_rows(out)
+        if base > MAX_BASE or columns > MAX_ROW:
+            return False
         arguments = ActivationArgs(
             dtype=DTYPES[x.dtype],
             hadamard_base=base,
             hadamard_log2=log2,
-            rows=flat.shape[0],
-            columns=flat.shape[1],
-            x_stride=flat.stride(0),
-            y_stride=y.stride(0),
-            x=flat.data_ptr(),
+            rows=x.shape[0],
+            columns=columns,
+            x_stride=x.stride(0),
+            x=x.data_ptr(),
             hadamard=pointer(self._table(base)),
-            y=y.data_ptr(),
+            **fields,
         )
-        self.launch("activation_quantize", arguments)
+        return self.try_launch("activation_quantize", arguments)
 
     def _table(self, base: int) -> Tensor | None:
         if base == 1:

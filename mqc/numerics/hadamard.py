@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,12 +213,13 @@ def hadamard_factors(block: int) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(f.copy()) for f in _factors(block))
 
 
-def apply_hadamard(x: Tensor, block: int) -> Tensor:
+def apply_hadamard(x: Tensor, block: int, factors: Sequence[Tensor] | None = None) -> Tensor:
     """``x @ blockdiag(H_block, ...)^T / sqrt(block)`` over the last axis, by fast factors.
 
     Args:
         x: float [..., n] with n a multiple of `block`; half types are computed in float32.
         block: an order with a construction; 1 is the identity.
+        factors: those of `hadamard_factors`, where the caller keeps them on x's device.
 
     Returns:
         A new tensor of x's shape and dtype.
@@ -226,7 +228,7 @@ def apply_hadamard(x: Tensor, block: int) -> Tensor:
         UsageError: where block does not divide n or has no construction.
     """
     n = x.shape[-1]
-    factors = hadamard_factors(block)
+    factors = hadamard_factors(block) if factors is None else factors
     if n % block:
         raise UsageError(f"Hadamard block {block} does not divide the axis of {n} values")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

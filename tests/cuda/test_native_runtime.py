@@ -4,6 +4,7 @@ strides, workspaces and cache writes are the ones that a GPU gets."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_cases
@@ -16,6 +17,7 @@ from mqc.backends.cuda.kernels import Attention, CacheTensor, ReferenceKernels
 from mqc.backends.cuda.native import NativeKernels, aligned_rows, hadamard_form
 from mqc.backends.cuda.ops import LINEAR
 from mqc.backends.cuda.register import implementations
+from mqc.cuda.library import UnsupportedError
 from mqc.cuda.pack import pack_linear
 from mqc.host import generate
 from mqc.numerics.packing import pack_int4
@@ -153,6 +155,51 @@ def test_operators_that_are_registered_for_the_device(kernels: NativeKernels) ->
     rest = (torch.rand(70), scale, mask, torch.rand(70), None, None, torch.rand(2, 3, 70))
     linear = made["mqc_cuda::linear"](quantized, packed, *rest, int(layout), torch.float32)
     assert linear.equal(LINEAR(quantized, packed, *rest, int(layout), torch.float32))
+
+
+def test_refused_operators_are_not_asked_of_the_kernels_again(
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library has no kernel for is computed by definition, also where torch.ops.mqc leads
+    back to the kernels, and without a copy from the host, which no graph could record."""
+    assert hadamard_form(344)[0] > 160
+    x, scale = torch.randn(3, 688), torch.tensor([0.02])
+    act = ("silu", True, 344, scale, None, torch.tensor([5]))
+    wide, norm = torch.randn(2, 20000), (1e-6, scale, None, torch.tensor([7]))
+    expected = (
+        *torch.ops.mqc.activation_quantize(x, *act),
+        *torch.ops.mqc.rms_norm_quantize(wide, *norm),
+        torch.ops.mqc.hadamard(x, 344),
+    )
+    library = torch.library.Library("mqc", "IMPL")
+    for name, function in implementations(kernels).items():
+        if name.startswith("mqc::"):
+            library.impl(name.removeprefix("mqc::"), function, "CPU")
+    try:
+        for _ in range(2):  # factors are made by the first call, and kept
+            found = (
+                *torch.ops.mqc.activation_quantize(x, *act),
+                *torch.ops.mqc.rms_norm_quantize(wide, *norm),
+                torch.ops.mqc.hadamard(x, 344),
+            )
+            monkeypatch.delattr("mqc.backends.cuda.definitions.hadamard_factors", raising=False)
+    finally:
+        library._destroy()
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+def test_rows_beyond_the_shared_memory_of_a_device(kernels: NativeKernels) -> None:
+    """A row that fits an H100's blocks and no other device's: refused there, not failed."""
+    x, scale = torch.randn(1, 32768), torch.tensor([0.02])
+    xq = torch.empty(1, 32768, dtype=torch.int8)
+
+    def refused(name: str, arguments: object, stream: int = 0) -> None:
+        raise UnsupportedError("a row takes 131072 bytes of shared memory, a block has 101376")
+
+    small = NativeKernels(SimpleNamespace(launch=refused), CPU, stream=lambda: 0)  # type: ignore[arg-type]
+    small.activation_quantize(xq, None, x, "gelu", False, 1024, scale, None, None)
+    assert xq.equal(torch.ops.mqc.activation_quantize(x, "gelu", False, 1024, scale, None, None)[0])
 
 
 def test_rows_as_the_linear_reads_them() -> None:
