@@ -17,7 +17,7 @@ struct Provider {
 
     const char* name() const { return nullptr; }  // the CPU
     bool has(const Variant&) const { return true; }
-    bool on_host(const std::string&) const { return false; }  // as all others: where it computes
+    bool on_host(const Variant&, const std::string&) const { return false; }  // no other place
     Kernel* make(const Variant& variant, const Ort::ConstKernelInfo& info) const {
         const bool linear = variant.name.rfind("Linear", 0) == 0;
         return linear ? make_linear(variant, info, threads) : make_layer(variant, info);

@@ -3,7 +3,7 @@
 // A Provider has types Call (a Node) and Kernel (with `void compute(Call&) const`), and functions
 //   name()            the execution provider, null for the CPU
 //   has(variant)      whether there is a kernel for it
-//   on_host(input)    whether kernels read an input of that name on the host
+//   on_host(variant, input)   whether kernels read the input of that name on the host
 //   make(variant, info)   a new Kernel; throws where constants or attributes are wrong
 #pragma once
 
@@ -54,7 +54,7 @@ struct Op : Ort::CustomOpBase<Op<Provider>, State<Provider>, true> {
     size_t GetInputTypeCount() const { return variant.inputs.size(); }
     ONNXTensorElementDataType GetInputType(size_t i) const { return variant.inputs[i].type; }
     OrtMemType GetInputMemoryType(size_t i) const {
-        return provider.on_host(variant.inputs[i].name) ? OrtMemTypeCPUInput : OrtMemTypeDefault;
+        return provider.on_host(variant, variant.inputs[i].name) ? OrtMemTypeCPUInput : OrtMemTypeDefault;
     }
     size_t GetOutputTypeCount() const { return variant.outputs.size(); }
     ONNXTensorElementDataType GetOutputType(size_t i) const { return variant.outputs[i].type; }

@@ -1,0 +1,130 @@
+// LinearW4A8 and LinearW8A8 of signed activations. The file's weights are packed for the kernels when
+// the session is made; the file keeps the layout that the CPU library and the bodies read.
+#include <string>
+
+#include "call.h"
+#include "pack.h"
+
+namespace mqc_onnx_cuda {
+namespace {
+
+constexpr int64_t kMostInputs = 131072;  // products are exact in int32
+constexpr int64_t kMostSplit = 64;
+constexpr int64_t kAlign = 16;           // bytes, of rows of x
+
+class Linear : public Kernel {
+  public:
+    Linear(const Variant& variant, const Ort::ConstKernelInfo& info)
+        : bits_(variant.name == "LinearW4A8" ? 4 : 8) {
+        const Constant weight(variant, info, "qweight"), scale(variant, info, "w_scale");
+        scale.require(scale.shape.size() == 1 && scale.shape[0] > 0, "[N]");
+        n_ = scale.shape[0];
+        const std::vector<int64_t>& s = weight.shape;
+        const bool tiled = variant.has("c16k4");
+        if (tiled) {
+            const int64_t step = 32 / bits_, blocks = (n_ + 15) / 16;
+            weight.require(s.size() == 5 && s[0] == blocks && s[1] == 1 && s[2] > 0 &&
+                               s[2] <= kMostInputs && s[3] == 16 && s[4] == 4,
+                           "[ceil(N / 16), 1, K / (8 or 4), 16, 4] of w_scale's N");
+            k_ = s[2] * step;
+            weight.require(k_ % 8 == 0, "of a multiple of 8 input channels");
+        } else {
+            weight.require(s.size() == 2 && s[0] == n_ && s[1] > 0 && s[1] <= kMostInputs,
+                           "a matrix of w_scale's N rows");
+            k_ = bits_ == 4 ? 2 * s[1] - variant.has("odd") : s[1];
+        }
+        weight.require(k_ <= kMostInputs, "of at most 131072 input channels");
+        if (variant.has("split")) {
+            const Constant split(variant, info, "w_split");
+            split.require(split.shape.size() == 2 && split.shape[0] == n_, "[N, rank]");
+            split.require(split.shape[1] <= kMostSplit, "of rank 64 at most on a GPU");
+            rank_ = split.shape[1];
+        }
+        const auto packed = pack({n_, k_, bits_, tiled, static_cast<const uint8_t*>(weight.data)});
+        weight_ = Memory(packed.data(), static_cast<int64_t>(packed.size()));
+    }
+
+    void compute(Call& call) const override {
+        const Variant& variant = call.variant();
+        const Tensor x = call.input("xq");
+        call.require(x.rank() >= 1 && x.last() == k_, "xq", x,
+                     ("[..., " + std::to_string(k_) + "]").c_str());
+        std::vector<int64_t> result = x.shape;
+        result.back() = n_;
+
+        auto args = Call::arguments<mqc_linear_args>();
+        args.layout = bits_ == 4 ? MQC_LAYOUT_W4_64X128 : MQC_LAYOUT_W8_64X128;
+        args.dtype = MQC_F32;
+        args.rows = x.rows();
+        args.n = n_;
+        args.k = k_;
+        args.w = weight_.data();
+        args.w_scale = call.input("w_scale").as<float>();
+        args.x_scale = call.set_scales(args, "x_scale", x);
+        if (variant.has("bias")) {
+            const Tensor bias = call.input("bias");
+            call.require(bias.rank() == 1 && bias.count == n_, "bias", bias, "[N]");
+            args.bias = bias.as<float>();
+        }
+        if (variant.has("split")) set_split(call, x, args);
+        if (variant.has("residual")) {
+            const Tensor residual = call.input("residual");
+            call.require(residual.shape == result, "residual", residual, text_of(result).c_str());
+            args.residual = residual.data;
+            args.residual_stride = n_;
+        }
+        args.y = call.output<float>(0, result);
+        args.y_stride = n_;
+        if (args.rows == 0) return;
+        set_rows(call, x, args);
+        check_workspace(call, args);
+        call.check(kernels().linear(&args, call.stream()));
+    }
+
+  private:
+    void set_split(const Call& call, const Tensor& x, mqc_linear_args& args) const {
+        const Tensor split = call.input("x_split");
+        std::vector<int64_t> wanted = x.shape;
+        wanted.back() = rank_;
+        call.require(split.shape == wanted, "x_split", split, text_of(wanted).c_str());
+        if (rank_ == 0) return;
+        args.split_columns = static_cast<int32_t>(rank_);
+        args.x_split = split.data;
+        args.x_split_stride = rank_;
+        args.w_split = call.input("w_split").as<float>();
+    }
+
+    // Rows that start at multiples of 16 bytes: those of x, or a copy with gaps.
+    void set_rows(const Call& call, const Tensor& x, mqc_linear_args& args) const {
+        args.x = x.data;
+        args.x_stride = k_;
+        if (k_ % kAlign == 0 && reinterpret_cast<uintptr_t>(x.data) % kAlign == 0) return;
+        args.x_stride = (k_ + kAlign - 1) / kAlign * kAlign;
+        void* rows = call.workspace().scratch(args.rows * args.x_stride);
+        call.check(kernels().copy_rows(rows, args.x_stride, x.data, k_, k_, args.rows,
+                                       call.stream()));
+        args.x = rows;
+    }
+
+    static void check_workspace(const Call& call, mqc_linear_args& args) {
+        call.check(kernels().linear_workspace(&args, &args.workspace_bytes));
+        if (args.workspace_bytes) args.workspace = call.workspace().counted(args.workspace_bytes);
+    }
+
+    int bits_;
+    int64_t n_ = 0, k_ = 0, rank_ = 0;
+    Memory weight_;
+};
+
+}  // namespace
+
+bool has_linear(const Variant& variant) {
+    const bool linear = variant.name == "LinearW4A8" || variant.name == "LinearW8A8";
+    return linear && variant.has("s8") && !variant.has("group");
+}
+
+Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info) {
+    return new Linear(variant, info);
+}
+
+}  // namespace mqc_onnx_cuda
