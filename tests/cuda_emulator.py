@@ -21,6 +21,8 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 FLAGS = [
     *"-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -DMQC_EMULATE".split(),
     *"-Wall -Wextra -Werror -Wno-unknown-pragmas".split(),
+    # A GPU faults on accesses that are not aligned to their size; a CPU does not.
+    *"-fsanitize=alignment,bounds -fno-sanitize-recover=all".split(),
 ]
 
 
@@ -60,7 +62,8 @@ def compile_emulated() -> Path:
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, sources))
         linked = Path(folder) / "linked.so"
-        subprocess.run([compiler, "-shared", *objects, "-o", str(linked)], check=True)
+        link = [compiler, "-shared", "-fsanitize=alignment,bounds", *objects, "-o", str(linked)]
+        subprocess.run(link, check=True)
         shutil.copy(linked, f"{out}.{os.getpid()}")
         Path(f"{out}.{os.getpid()}").replace(out)
     return out
@@ -70,5 +73,6 @@ class Emulated(Library):
     """The library on the CPU, and what the tests need beside the C ABI."""
 
     def configure(self, seed: int, asynchrony: int = 2, arch: int = 90, sms: int = 4) -> None:
-        """Choose a schedule (0 early, 1 late, 2 random asynchronous operations) and a device."""
+        """Choose a schedule (0 early, 1 late, 2 random asynchronous operations; 3 runs no kernel)
+        and a device."""
         self.native.mqc_emulator_configure(ctypes.c_uint64(seed), asynchrony, arch, sms)

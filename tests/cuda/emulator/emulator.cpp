@@ -31,6 +31,7 @@ struct Warp {
   Lane lanes[32];
   std::deque<std::vector<std::function<void()>>> groups;  // committed wgmma groups
   std::vector<std::function<void()>> open;                // not committed yet
+  bool fenced = false;  // wgmma.fence since the last group was committed
 };
 
 struct Fiber {
@@ -52,6 +53,7 @@ struct MBarrier {
   int expected = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
+  bool fenced = false;  // its initialisation is visible to the copy engine
 };
 
 struct Block {
@@ -168,7 +170,8 @@ void run_bulk(size_t index) {
   copy();
 }
 
-void start_bulk(std::function<void()> copy) {
+void start_bulk(uint32_t barrier, std::function<void()> copy) {
+  if (!barrier_at(barrier).fenced) fail("a bulk copy gets an mbarrier without fence.mbarrier_init");
   block->bulk.push_back(std::move(copy));
   if (asynchrony == 0) run_bulk(block->bulk.size() - 1);
 }
@@ -228,6 +231,9 @@ void configure(uint64_t seed, int mode) {
 void launch(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % 32 || threads > 1024) fail("threads of a block are a multiple of 32 up to 1024");
   if (shared_bytes > 232448) fail("more shared memory than a block can have");
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
+    fail("a grid is empty, or more than 65535 blocks high or deep");
+  if (asynchrony == 3) return;
   grid_size = grid;
   body = &kernel;
   shared_limit = shared_bytes;
@@ -301,6 +307,8 @@ bool any_lane(bool value) {
   });
   return any;
 }
+
+void misaligned() { fail("a 16-byte access to global memory is misaligned"); }
 
 Vector16 load_shared16(uint32_t address) {
   Vector16 v;
@@ -428,7 +436,10 @@ void mma_half_any(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool is
 void barrier_init(uint32_t barrier, uint32_t arrivals) {
   at(barrier, 8);
   const int count = static_cast<int>(arrivals);
-  block->barriers[barrier] = MBarrier{count, count, 0, 0};
+  block->barriers[barrier] = MBarrier{count, count, 0, 0, false};
+}
+void barrier_init_fence() {
+  for (auto& [address, barrier] : block->barriers) barrier.fenced = true;
 }
 void barrier_arrive(uint32_t barrier) {
   MBarrier& b = barrier_at(barrier);
@@ -438,6 +449,7 @@ void barrier_arrive(uint32_t barrier) {
 void barrier_expect(uint32_t barrier, uint32_t bytes) {
   MBarrier& b = barrier_at(barrier);
   b.bytes += bytes;
+  if (b.bytes >= 1 << 20) fail("an mbarrier counts up to 2^20 - 1 bytes");
   --b.pending;
   settle(b);
 }
@@ -456,7 +468,7 @@ static void complete(uint32_t barrier, uint32_t bytes) {
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy is misaligned");
   uint8_t* target = at(to, bytes);
-  start_bulk([=] {
+  start_bulk(barrier, [=] {
     memcpy(target, from, bytes);
     complete(barrier, bytes);
   });
@@ -465,10 +477,12 @@ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) 
 // address bits 4..6 by bits 7..9.
 void copy_tensor(uint32_t to, const TensorMap* map, int x, int y, uint32_t barrier) {
   if (map->box_columns != 128 || to % 1024) fail("a swizzled box has rows of 128 bytes at 1024-byte alignment");
+  if (reinterpret_cast<uintptr_t>(map->base) % 16 || map->stride % 16 || map->box_rows > 256 || !map->rows || !map->columns)
+    fail("cuTensorMapEncodeTiled refuses such a tensor");
   const uint32_t bytes = map->box_columns * map->box_rows;
   at(to, bytes);
   const TensorMap copy = *map;
-  start_bulk([=] {
+  start_bulk(barrier, [=] {
     for (uint32_t row = 0; row < copy.box_rows; ++row)
       for (uint32_t column = 0; column < 128; ++column) {
         const uint64_t from_row = static_cast<uint64_t>(y) + row, from_column = static_cast<uint64_t>(x) + column;
@@ -483,12 +497,13 @@ void copy_tensor(uint32_t to, const TensorMap* map, int x, int y, uint32_t barri
 
 // ---- wgmma: executed when issued at the earliest, when its group is waited for at the latest ---
 void wgmma_fence() {
-  collective("wgmma_fence", {}, [](Warp&) {});
+  collective("wgmma_fence", {}, [](Warp& warp) { warp.fenced = true; });
 }
 void wgmma_commit() {
   collective("wgmma_commit", {}, [](Warp& warp) {
     warp.groups.push_back(std::move(warp.open));
     warp.open.clear();
+    warp.fenced = false;
   });
 }
 void wgmma_wait_groups(int pending) {
@@ -510,6 +525,7 @@ void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
       int32_t* out[32];
       uint64_t descriptor;
     };
+    if (!warp.fenced) fail("registers change between wgmma without wgmma.fence");
     auto product = std::make_shared<Product>();
     gather_a(warp, product->left);
     for (int lane = 0; lane < 32; ++lane) {

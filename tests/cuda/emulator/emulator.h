@@ -50,12 +50,17 @@ template <class T> T shuffle(T value, int lane) {
 }
 bool any_lane(bool value);
 
+[[noreturn]] void misaligned();
 inline Vector16 load16(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) misaligned();
   Vector16 v;
   memcpy(&v, global, 16);
   return v;
 }
-inline void store16(void* global, const Vector16& v) { memcpy(global, &v, 16); }
+inline void store16(void* global, const Vector16& v) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) misaligned();
+  memcpy(global, &v, 16);
+}
 template <class T> T load_l2(const T* global) { return *global; }
 template <class T> void store_l2(T* global, T value) { *global = value; }
 Vector16 load_shared16(uint32_t address);
@@ -74,7 +79,7 @@ template <class T> void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t
 }
 
 void barrier_init(uint32_t barrier, uint32_t arrivals);
-inline void barrier_init_fence() {}
+void barrier_init_fence();
 void barrier_arrive(uint32_t barrier);
 void barrier_expect(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
@@ -98,9 +103,11 @@ struct Grid {
   int x, y, z;
 };
 
-// Runs `kernel` for every thread of every block, blocks one after another in random order.
+// Runs `kernel` for every thread of every block, blocks one after another in random order. Grids that
+// no device takes are refused.
 void launch(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);
-// Seed of the schedule, and how asynchronous operations behave: 0 early, 1 late, 2 random.
+// Seed of the schedule, and how asynchronous operations behave: 0 early, 1 late, 2 random. 3 runs no
+// kernel: what launchers check and choose can be tested with addresses that lead nowhere.
 void configure(uint64_t seed, int asynchrony);
 
 }  // namespace mqc::emulator
