@@ -28,7 +28,7 @@ from mqc.ir.edit import (
     replace,
     tensor_type,
 )
-from mqc.numerics.gptq import HessianAccumulator, gptq_quantize
+from mqc.numerics.gptq import HessianAccumulator, gptq_quantize, row_energy
 from mqc.numerics.quantize import ClipSearch, QuantizedWeight, quantize_rtn
 from mqc.numerics.stats import sqnr_db
 from mqc.spec import ComponentScheme, Scheme, WeightSpec, named_scheme
@@ -256,10 +256,9 @@ class _Quantizer:
             "weight_sqnr_db": round(float(sqnr_db(weight, restored)), 2),
         }
         if hessian is not None:
-            exact, h = weight.to(torch.float64), hessian.to(torch.float64)
-            error = exact - restored.to(torch.float64)
-            signal = float(((exact @ h) * exact).sum())
-            noise = float(((error @ h) * error).sum())
+            exact = weight.to(hessian.dtype)
+            signal = float(row_energy(exact, hessian).sum())
+            noise = float(row_energy(exact - restored.to(hessian.dtype), hessian).sum())
             if signal > 0 and noise > 0:
                 ratio = torch.tensor(signal / noise)
                 detail["output_sqnr_db"] = round(float(10 * torch.log10(ratio)), 2)

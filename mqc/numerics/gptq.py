@@ -34,6 +34,7 @@ class HessianAccumulator:
         self, k: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> None:
         self._h = torch.zeros(k, k, dtype=dtype, device=device)
+        self._pending: list[Tensor] = []
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
@@ -48,9 +49,17 @@ class HessianAccumulator:
                 f"the Hessian is over {self._h.shape[0]} channels, the batch has {rows.shape[1]}"
             )
         require_finite("a calibration batch", rows)
-        rows = rows.to(device=self._h.device, dtype=self._h.dtype)
-        self._h.addmm_(rows.T, rows, alpha=2.0)
+        self._pending.append(rows.to(device=self._h.device, dtype=self._h.dtype))
         self.rows += rows.shape[0]
+        if 4 * sum(len(part) for part in self._pending) >= len(self._h):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add what waits. A few rows alone cost as much as many: all K^2 sums are rewritten."""
+        if self._pending:
+            rows = torch.cat(self._pending)
+            self._h.addmm_(rows.T, rows, alpha=2.0)
+            self._pending.clear()
 
     def hessian(self) -> Tensor:
         """A copy of H, [K, K].
@@ -63,6 +72,7 @@ class HessianAccumulator:
                 "no calibration input reached this layer",
                 hint="check that the calibration samples exercise it (images for vision layers)",
             )
+        self._flush()
         return self._h.clone()
 
 
@@ -142,17 +152,20 @@ def gptq_quantize(
         q, column_scale = q[:, inverse], column_scale[:, inverse]
 
     original = weight.detach().to(dtype)
-    gptq_error = _row_error(original - q * column_scale, given)
-    rtn_error = _row_error(original - nearest * column_scale, given)
+    gptq_error = row_energy(original - q * column_scale, given)
+    rtn_error = row_energy(original - nearest * column_scale, given)
     better = torch.isfinite(gptq_error) & (gptq_error <= rtn_error)
     q = torch.where(better[:, None], q, nearest)
     q[:, keep_zero] = 0
     return QuantizedWeight(q.to(torch.int8), scale, bits, group_size)
 
 
-def _row_error(error: Tensor, h: Tensor) -> Tensor:
-    """e H e^T of each row of `error` [N, K]; [N]."""
-    return ((error @ h) * error).sum(dim=1)
+def row_energy(rows: Tensor, h: Tensor) -> Tensor:
+    """``r H r^T`` of each row r of ``rows`` [N, K], for ``h`` [K, K]; [N].
+
+    With a layer's Hessian, twice the energy of what the rows, as weights, make of the inputs.
+    """
+    return ((rows @ h) * rows).sum(dim=1)
 
 
 def _inverse_factor(h: Tensor, damping: float, mean: float) -> Tensor:
