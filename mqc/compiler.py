@@ -84,6 +84,7 @@ def compile(  # noqa: A001  (mqc.compile)
     model: str | Path,
     *,
     target: str = "onnx",
+    device: str | None = None,
     scheme: str | Scheme | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Sequence[str | Mapping[str, Any]] = (),
@@ -102,6 +103,7 @@ def compile(  # noqa: A001  (mqc.compile)
     Args:
         model: folder in the Hugging Face layout, hub id, or embedded model's name.
         target: name of a target (``mqc targets``).
+        device: of a target with several: "cpu" (default) or "cuda" for ``onnx``.
         scheme, recipe, overrides: what is quantized and how; see :func:`mqc.config.make_recipe`.
         passes: custom passes, ``module:Class``, beside those that the scheme asks for.
         calibration: see :func:`mqc.calib.dataset.load_dataset`; embedded models have a generated
@@ -120,7 +122,7 @@ def compile(  # noqa: A001  (mqc.compile)
     report = reporter or Silent()
     chosen = make_recipe(scheme, recipe, overrides, target)
     plan = chosen.scheme if seed is None else chosen.scheme.replace(seed=seed)
-    backend = _usable_target(target)
+    backend = _usable_target(target, device)
     pipeline = default_passes(plan, [*chosen.passes, *passes])
     stages = Stages(report, ["capture", *(item.name for item in pipeline), "emit"])
     folder = checkpoint_folder(model, revision)
@@ -210,12 +212,20 @@ def opt(
     return program, records
 
 
-def _usable_target(name: str) -> Target:
+def _usable_target(name: str, device: str | None) -> Target:
     target = get_target(name)
     reason = target.available()
     if reason is not None:
         raise TargetError(f"target {name!r} cannot be used: {reason}", hint="see mqc doctor")
-    return target
+    if device is None:
+        return target
+    for_device = getattr(target, "for_device", None)
+    if for_device is None:
+        raise UsageError(
+            f"target {name!r} has no devices to choose from", hint="leave out the device"
+        )
+    chosen: Target = for_device(device)
+    return chosen
 
 
 def _run_passes(

@@ -5,8 +5,9 @@ custom-op library for onnxruntime (a shared object that exports ``RegisterCustom
 faster: its kernels take precedence over the bodies. Kernels are found by operator type, e.g.
 ``LinearW4A8_mask_bias``; :func:`mqc.ops.onnx_functions.variant_inputs` names the inputs of each.
 
-mqc's own library is built from ``backends/onnx/native`` when the package is installed, and lies
-beside this file.
+mqc's own libraries are built from ``backends/onnx/native`` when the package is installed, and lie
+beside this file: one for the CPU, one for the CUDA execution provider. A session takes the one of
+its provider; the other would bring the same operator types a second time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from mqc.errors import TargetError
 
 VARIABLE = "MQC_ONNX_OPS"
 """Names another library; "none" runs the bodies."""
+VARIABLE_CUDA = "MQC_ONNX_CUDA_OPS"
+"""The same for the CUDA execution provider."""
 LIBRARY = Path(__file__).parent / "libmqc_onnx.so"
+LIBRARY_CUDA = Path(__file__).parent / "libmqc_onnx_cuda.so"
+PROVIDERS = ("cpu", "cuda")
 THREADS_ENTRY = "mqc.threads"
 """Session entry by which a library learns the number of threads; set it before registering."""
 LAYOUT = "c16k4"
@@ -30,33 +35,45 @@ LAYOUT_FACT = "weight_layout"
 """The fact of a lowered program that names the layout."""
 
 
-def ops_library() -> Path | None:
-    """The library in use: the one ``MQC_ONNX_OPS`` names, else mqc's own, else None.
+def ops_library(provider: str = "cpu") -> Path | None:
+    """The library in use: the one ``MQC_ONNX_OPS`` (``MQC_ONNX_CUDA_OPS``) names, else mqc's own,
+    else None.
 
     Raises:
-        TargetError: the variable names a file that does not exist.
+        TargetError: the variable names a file that does not exist, or the provider is unknown.
     """
-    name = os.environ.get(VARIABLE)
+    name = os.environ.get(variable_of(provider))
+    own = LIBRARY_CUDA if provider == "cuda" else LIBRARY
     if name == "none":
         return None
     if not name:
-        return LIBRARY if LIBRARY.is_file() else None
+        return own if own.is_file() else None
     path = Path(name)
     if not path.is_file():
+        variable = variable_of(provider)
         raise TargetError(
-            f"the operator library {path} named by {VARIABLE} does not exist",
-            hint=f"unset {VARIABLE} to use mqc's own, set it to none for no library, or correct it",
+            f"the operator library {path} named by {variable} does not exist",
+            hint=f"unset {variable} to use mqc's own, set it to none for no library, or correct it",
         )
     return path
 
 
-def attention_in_place() -> bool:
+def variable_of(provider: str) -> str:
+    """The environment variable that names the library for a provider, "cpu" or "cuda"."""
+    if provider not in PROVIDERS:
+        raise TargetError(
+            f"unknown onnxruntime provider {provider!r}", hint=f"use {' or '.join(PROVIDERS)}"
+        )
+    return VARIABLE_CUDA if provider == "cuda" else VARIABLE
+
+
+def attention_in_place(provider: str = "cpu") -> bool:
     """Whether the library in use writes new keys and values into the cache it is given.
 
     A library says so by the C function ``int mqc_attention_in_place(void)``. Bodies in standard
     operators cannot: they would read what they have overwritten.
     """
-    library = ops_library()
+    library = ops_library(provider)
     if library is None:
         return False
     try:
@@ -66,16 +83,21 @@ def attention_in_place() -> bool:
     return bool(promise())
 
 
-def onnx_ops_library() -> str:
+def onnx_ops_library(provider: str = "cpu") -> str:
     """The path of mqc's custom-op library, for users of plain onnxruntime in any language.
 
     ``SessionOptions.register_custom_ops_library(mqc.onnx_ops_library())`` makes the artifacts of
     target ``onnx`` fast; without it they run through the bodies in the files.
 
+    Args:
+        provider: "cpu", or "cuda" for sessions of ``CUDAExecutionProvider`` (in place of the
+            other). That one opens ``libmqc_cuda.so``, which ``MQC_CUDA_LIBRARY`` may name.
+
     Raises:
-        TargetError: the library was not built; the hint says how to build it.
+        TargetError: the library was not built (the hint says how to build it), or the provider is
+            unknown.
     """
-    path = ops_library()
+    path = ops_library(provider)
     if path is None:
         raise TargetError("the operator library is not there", hint=build_hint())
     return str(path)

@@ -6,6 +6,9 @@ float), counts of visual rows become one shared mask, weights of integer linears
 layout of the native kernels, which then read them where the file is mapped into memory, weights of
 float linears are stored transposed (``MatMul`` takes them as they are), and keys and values
 repeated for grouped attention are not.
+
+For a GPU activations stay signed, as the kernels of ``cuda/`` want them. Such files run on a CPU as
+well, where signed activations are only slower.
 """
 
 from __future__ import annotations
@@ -41,8 +44,15 @@ _MODALITY_READERS: dict[Any, int] = {
 """Operator -> position of its argument ``modality``."""
 
 
-def lower(program: Program) -> tuple[Program, dict[str, int]]:
+DEVICES = ("cpu", "cuda")
+DEVICE_FACT = "device"
+"""The fact of a lowered program that names the device whose kernels its operators are for."""
+
+
+def lower(program: Program, device: str | None = None) -> tuple[Program, dict[str, int]]:
     """A copy of ``program`` for this target, and how many of each rewrite were done.
+
+    ``device``, one of ``DEVICES``, is by default what the program was lowered for, else "cpu".
 
     Raises:
         TargetError: the program computes in a type other than float32 that cannot be widened.
@@ -55,8 +65,12 @@ def lower(program: Program) -> tuple[Program, dict[str, int]]:
     result = program.copy() if program.dtype == torch.float32 else program.to(torch.float32)
     names = ("unsigned", "batched", "masks", "packed", "transposed", "grouped")
     counts = dict.fromkeys(names, 0)
+    device = device or str(program.facts.get(DEVICE_FACT, "cpu"))
+    if device != "cpu":
+        result.facts = {**result.facts, DEVICE_FACT: device}
     for component in result:
-        counts["unsigned"] += _unsigned_activations(component)
+        if device == "cpu":
+            counts["unsigned"] += _unsigned_activations(component)
         counts["batched"] += _batch_products(component)
         counts["masks"] += _share_row_masks(component)
         counts["packed"] += _pack_weights(component, result.params)

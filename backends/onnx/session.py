@@ -19,10 +19,11 @@ import torch
 from mqc.backends.onnx.library import (
     LAYOUT,
     LAYOUT_FACT,
+    PROVIDERS,
     THREADS_ENTRY,
-    VARIABLE,
     attention_in_place,
     ops_library,
+    variable_of,
 )
 from mqc.errors import ArtifactError, TargetError, VerificationError
 from mqc.host.cache import is_buffer, next_capacity, past_of
@@ -34,7 +35,7 @@ except ImportError as error:
     raise TargetError("onnxruntime is not installed", hint="pip install mqc[cpu]") from error
 
 _HOST_INPUTS = ("inputs_embeds", "position_ids", "mask", "logit_index", "modality")
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = dict(zip(PROVIDERS, ("CPUExecutionProvider", "CUDAExecutionProvider"), strict=True))
 CHUNK = 2048  # half of it costs 4 % of the time (2B shape), a quarter 30 %
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -73,7 +74,7 @@ class OnnxEngine:
         self._facts = facts
         _require_layout(folder, facts)
         self._device = provider
-        self._open = partial(open_session, providers=_providers(provider), threads=threads)
+        self._open = partial(open_session, provider=provider, threads=threads)
         self._paths = {name: folder / f"{name}.onnx" for name in ("vision", "embed", "decoder")}
         for path in self._paths.values():
             _require(path)
@@ -87,7 +88,7 @@ class OnnxEngine:
         self._cache_inputs = [port for port in ports if port.name not in given]
         self._hidden = next(port.shape[-1] for port in ports if port.name == "inputs_embeds")
         self._outputs = [output.name for output in decoder.get_outputs()]
-        self._in_place = is_buffer(facts) and provider == "cpu" and attention_in_place()
+        self._in_place = is_buffer(facts) and attention_in_place(provider)
 
     @property
     def chunk(self) -> int | None:
@@ -172,7 +173,7 @@ class OnnxEngine:
         used, old = past_of(mask), cache.numpy()
         larger = np.zeros((batch, heads, rows, width), old.dtype)
         larger[:, :, :used] = old[:, :, :used]
-        return ort.OrtValue.ortvalue_from_numpy(larger)
+        return ort.OrtValue.ortvalue_from_numpy(larger, self._device, 0)
 
     def _run(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         session, feeds = self.session(name), {}
@@ -187,28 +188,34 @@ class OnnxEngine:
 
 
 def open_session(
-    path: Path, providers: list[str] | None = None, threads: int | None = None
+    path: Path, provider: str = "cpu", threads: int | None = None
 ) -> ort.InferenceSession:
-    """A session of one file, with the operator library where there is one.
+    """A session of one file, with the operator library of the provider where there is one.
 
     Raises:
         ArtifactError: the file is missing, damaged, or asks for an operator that is not there.
-        TargetError: the operator library cannot be loaded.
+        TargetError: the operator library cannot be loaded, or the provider is unknown or does not
+            start.
     """
     _require(path)
+    providers = _providers(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    _register_library(options)
+    _register_library(options, provider)
     try:
-        session = ort.InferenceSession(
-            str(path), options, providers=providers or [_PROVIDERS["cpu"]]
-        )
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise ArtifactError(
             f"onnxruntime cannot open {path}: {_reason(error)}",
             hint="copy or compile the artifact again",
         ) from error
+    if providers[0] not in session.get_providers():  # onnxruntime goes on without it
+        raise TargetError(
+            f"onnxruntime cannot start its {providers[0]}",
+            hint="check the GPU's driver (nvidia-smi) and that CUDA and cuDNN of the versions that "
+            "onnxruntime-gpu was built for are installed",
+        )
     _trim_heap()
     return session
 
@@ -236,8 +243,8 @@ def _require_layout(folder: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _register_library(options: ort.SessionOptions) -> None:
-    library = ops_library()
+def _register_library(options: ort.SessionOptions, provider: str) -> None:
+    library = ops_library(provider)
     if library is None:
         return
     options.add_session_config_entry(THREADS_ENTRY, str(options.intra_op_num_threads))
@@ -246,7 +253,7 @@ def _register_library(options: ort.SessionOptions) -> None:
     except Exception as error:
         raise TargetError(
             f"the operator library {library} cannot be loaded: {_reason(error)}",
-            hint=f"set {VARIABLE}=none to run without a library, or build it again",
+            hint=f"set {variable_of(provider)}=none to run without a library, or build it again",
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mqc.artifact import ArtifactWriter
-from mqc.errors import TargetError
+from mqc.errors import TargetError, UsageError
 from mqc.host.engine import Engine
 from mqc.host.runnable import Runnable, load_runnable
 from mqc.ir import Program, TensorType
@@ -26,6 +26,7 @@ class OnnxTarget:
         buffers: let decoders take caches of fixed capacity (pass fuse-attention), which a native
             library fills in place. Without a library they grow as without this; the body of
             attention costs about 25 microseconds a layer and call more there.
+        device: whose kernels the files are written for, "cpu" or "cuda". All files run on both.
     """
 
     name = "onnx"
@@ -33,11 +34,26 @@ class OnnxTarget:
     description = "ONNX files for onnxruntime; integer results equal the reference's bit by bit"
 
     def __init__(
-        self, threads: int | None = None, provider: str = "cpu", buffers: bool = True
+        self,
+        threads: int | None = None,
+        provider: str = "cpu",
+        buffers: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.threads = threads
         self.provider = provider
         self.buffers = buffers
+        self.device = device
+
+    def for_device(self, device: str) -> OnnxTarget:
+        """This target with another ``device``. Raises :class:`UsageError` on an unknown one."""
+        from mqc.backends.onnx.lower import DEVICES
+
+        if device not in DEVICES:
+            raise UsageError(
+                f"target 'onnx' knows no device {device!r}", hint=f"use {' or '.join(DEVICES)}"
+            )
+        return OnnxTarget(self.threads, self.provider, self.buffers, device)
 
     def available(self) -> str | None:
         """None, or what has to be installed. Emitting needs no onnxruntime; running does."""
@@ -47,11 +63,12 @@ class OnnxTarget:
         return None
 
     def lower(self, program: Program) -> Program:
-        """A copy with fused operators, unsigned activations and weights as onnxruntime wants."""
+        """A copy with fused operators, and activations and weights as the kernels want them."""
         from mqc.backends.onnx.lower import lower
         from mqc.passes.lowering import fuse
 
-        return lower(fuse(program, () if self.buffers else ("fuse-attention",)))[0]
+        fused = fuse(program, () if self.buffers else ("fuse-attention",))
+        return lower(fused, self.device)[0]
 
     def emit(
         self,
@@ -65,20 +82,36 @@ class OnnxTarget:
         writer.require_space(parameter_bytes(program))
         emit(program, writer.path("decoder.onnx").parent, progress)
 
-    def load(self, path: Path, *, trust_remote_code: bool = False) -> Runnable:
-        """Open an artifact that :meth:`emit` wrote. Raises :class:`TargetError` without
-        onnxruntime."""
+    def load(
+        self,
+        path: Path,
+        *,
+        provider: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Runnable:
+        """Open an artifact that :meth:`emit` wrote.
+
+        Args:
+            path: its folder.
+            provider: "cpu" or "cuda" (onnxruntime-gpu and a GPU); the target's where None.
+            trust_remote_code: run the code that the checkpoint brought.
+
+        Raises:
+            TargetError: no onnxruntime, or not one with this provider.
+        """
         if not _installed("onnxruntime"):
             raise TargetError(
                 f"artifact {path} needs onnxruntime, which is not installed",
                 hint="pip install mqc[cpu]",
             )
-        return load_runnable(path, self._engine, trust_remote_code=trust_remote_code)
+        used = provider or self.provider
 
-    def _engine(self, folder: Path, manifest: Mapping[str, Any]) -> Engine:
-        from mqc.backends.onnx.session import OnnxEngine
+        def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
+            from mqc.backends.onnx.session import OnnxEngine
 
-        return OnnxEngine(folder, manifest["facts"], threads=self.threads, provider=self.provider)
+            return OnnxEngine(folder, manifest["facts"], threads=self.threads, provider=used)
+
+        return load_runnable(path, engine, trust_remote_code=trust_remote_code)
 
 
 def parameter_bytes(program: Program) -> int:

@@ -34,6 +34,9 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration rows used, at mos
 def compile_command(
     model: common.Model,
     target: Annotated[str, typer.Option(help="onnx, cuda or reference; see mqc targets.")] = "onnx",
+    device: Annotated[
+        str | None, typer.Option(help="Of target onnx: write the files for cpu (default) or cuda.")
+    ] = None,
     scheme: common.SchemeName = None,
     recipe: common.RecipeSource = None,
     sets: common.Sets = None,
@@ -69,6 +72,7 @@ def compile_command(
         report = api.compile(
             model,
             target=target,
+            device=device,
             scheme=chosen.scheme,
             passes=[*chosen.passes, *(passes or [])],
             calibration=calibration,

@@ -38,6 +38,7 @@ def findings() -> list[Finding]:
         _torchvision(),
         *_onnxruntime(),
         _onnx_library(),
+        _onnx_cuda_library(),
         _cpu(),
         _gpu(),
         _nvcc(),
@@ -68,7 +69,7 @@ def _torchvision() -> Finding:
         "torchvision",
         "missing",
         "note",
-        "images go through transformers' Pillow processors; video prompts are refused",
+        "images go through transformers' Pillow processors, videos through torch alone",
     )
 
 
@@ -111,6 +112,35 @@ def _onnx_library() -> Finding:
     value = f"missing ({' and '.join(missing)} not found)" if missing else "missing"
     meaning = f"onnx artifacts run through their bodies, more slowly: {build_hint()}"
     return Finding(what, value, "note", meaning)
+
+
+def _onnx_cuda_library() -> Finding:
+    """The operators for onnxruntime's CUDA provider, which need the kernels' library as well."""
+    from mqc.backends.onnx.library import ops_library
+    from mqc.cuda.library import library_path
+
+    what = "onnx cuda operators"
+    try:
+        path = ops_library("cuda")
+    except MqcError as error:
+        return Finding(what, "broken", "problem", f"{error}: {error.hint}")
+    lacks = [] if path is not None else ["this library (make native)"]
+    if library_path() is None:
+        lacks.append("the cuda kernels")
+    if not _has_cuda_provider():
+        lacks.append("onnxruntime-gpu with a CUDA provider")
+    if lacks:
+        meaning = f"onnx artifacts cannot use a GPU's kernels: missing {', '.join(lacks)}"
+        return Finding(what, "missing" if path is None else str(path), "note", meaning)
+    return Finding(what, str(path))
+
+
+def _has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _cpu() -> Finding:
