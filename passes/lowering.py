@@ -8,6 +8,7 @@ from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
+from mqc.passes.select_rows import SelectRows
 from mqc.transform import Pass, PassContext, PassManager
 
 LOWERING: tuple[type[Pass], ...] = (
@@ -16,6 +17,7 @@ LOWERING: tuple[type[Pass], ...] = (
     FuseAttention,
     FuseResidual,
     FuseTowerAttention,
+    SelectRows,
 )
 """In the order in which they run."""
 

@@ -17,6 +17,7 @@ from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.modality_split import ModalitySplit
 from mqc.passes.quantize_weights import QuantizeWeights
 from mqc.passes.rms_suppress import RmsSuppress
+from mqc.passes.select_rows import SelectRows
 from mqc.passes.static_scales import StaticScales
 from mqc.transform import Pass
 
@@ -39,6 +40,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         FuseResidual,
         FuseTowerAttention,
+        SelectRows,
     )
 }
 """In the order of the default pipeline, then those that targets lower with."""

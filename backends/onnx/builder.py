@@ -197,15 +197,30 @@ class Builder:
         ports = self.component.inputs
         inputs = [(port.name, port.type) for port in ports] + parameters
         outputs = [(port.name, port.type) for port in self.component.outputs]
+        nodes = _live(self.nodes, {name for name, _ in outputs})
+        read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
-            self.nodes,
+            nodes,
             self.component.name,
             [value_info(name, kind) for name, kind in inputs],
             [value_info(name, kind) for name, kind in outputs],
-            self.constants,
+            [tensor for tensor in self.constants if tensor.name in read],
         )
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def _live(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that lead to ``wanted`` values: onnxruntime runs all that it is given.
+
+    A rule may have read past a node, so that its result is not needed any more.
+    """
+    kept = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]
 
 
 def evaluate_size(size: int | str, sizes: Mapping[str, int]) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from mqc.analysis.rows import picked_rows
 from mqc.backends.onnx.builder import Builder, Unsupported, type_of
 from mqc.ir import TensorType
 from mqc.ir.types import Dim
@@ -103,8 +104,17 @@ def _same(b: Builder, call: Call) -> str:
 
 @rule(aten.permute.default)
 def _permute(b: Builder, call: Call) -> str:
-    rank = call.type.rank
-    return b("Transpose", b.name(call["self"]), perm=[int(axis) % rank for axis in call["dims"]])
+    return _turn(b, call, [int(axis) % call.type.rank for axis in call["dims"]])
+
+
+def _turn(b: Builder, call: Call, order: list[int]) -> str:
+    """A transposition; where only axes of one move, a reshape, which copies nothing."""
+    source, target = type_of(call["self"]).shape, call.type.shape
+    wide = [axis for axis in order if source[axis] != 1]
+    moved = [n for n, m in zip(target, source, strict=True) if isinstance(n, str) and n != m]
+    if wide == sorted(wide) and len(moved) <= 1 and "past" not in source:
+        return b.reshape(b.name(call["self"]), source, target)
+    return b("Transpose", b.name(call["self"]), perm=order)
 
 
 @rule(aten.transpose.int)
@@ -112,7 +122,7 @@ def _transpose(b: Builder, call: Call) -> str:
     order = list(range(call.type.rank))
     first, second = call.axis("dim0"), call.axis("dim1")
     order[first], order[second] = second, first
-    return b("Transpose", b.name(call["self"]), perm=order)
+    return _turn(b, call, order)
 
 
 @rule(aten.t.default)
@@ -220,27 +230,11 @@ def _index_select(b: Builder, call: Call) -> str:
 @rule(aten.gather.default)
 def _gather(b: Builder, call: Call) -> str:
     index = call["index"]
-    rows = _repeated_rows(call)
+    rows = picked_rows(call.node)
     if rows is not None:  # whole rows: no index for every element
         places = b("Unsqueeze", b.name(rows), b.ints(-1))
         return b("GatherND", b.name(call["self"]), places, batch_dims=1)
     return b("GatherElements", b.name(call["self"]), b.name(index), axis=call.axis())
-
-
-def _repeated_rows(call: Call) -> fx.Node | None:
-    """``rows`` [B, R] where the call gathers x[b, rows[b, r], :] of x [B, T, K]."""
-    source, index = type_of(call["self"]), call["index"]
-    if source.rank != 3 or call.axis() != 1 or index.target is not aten.expand.default:
-        return None
-    inner = index.args[0]
-    widened = inner.target is aten.unsqueeze.default and inner.args[1] in (2, -1)
-    if not widened and inner.target is not aten.reshape.default:
-        return None
-    rows = inner.args[0]
-    shape = type_of(rows).shape
-    # A reshape counts where it adds an axis of one behind those of the rows.
-    same = len(shape) == 2 and type_of(inner).shape == (*shape, 1) and shape[0] == source.shape[0]
-    return rows if same and type_of(index).shape == (*shape, source.shape[2]) else None
 
 
 @rule(aten.index.Tensor)

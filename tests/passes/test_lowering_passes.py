@@ -24,6 +24,7 @@ from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.modality_split import ModalitySplit
+from mqc.passes.select_rows import SelectRows
 from mqc.pipeline import default_passes
 from mqc.spec import named_scheme
 from mqc.testing import vqa
@@ -32,7 +33,14 @@ from mqc.transform import Pass, PassContext, PassManager, PassRecord
 from mqc.transform.equivalence import end_to_end_error, example_run
 
 _mqc = torch.ops.mqc
-LOWERING = (MergeLinears, FuseQuantize, FuseAttention, FuseResidual, FuseTowerAttention)
+LOWERING = (
+    MergeLinears,
+    FuseQuantize,
+    FuseAttention,
+    FuseResidual,
+    FuseTowerAttention,
+    SelectRows,
+)
 
 
 @cache
@@ -84,6 +92,8 @@ def test_every_pass_leaves_every_bit(name: str) -> None:
     assert counts[3] == {"residuals": 16}
     turned = {} if separate else {"rotary": 4}
     assert counts[4] == {"attentions": 4, "packed": 4, "masked": 0} | turned
+    # The last layer's output projection, norm, MLP, and the last norm; getitems count too.
+    assert counts[5] == {"gathers": 1, "operators": 9}
     assert not any(record.skips for _, record in stages(name) if record is not None)
 
 
@@ -99,6 +109,18 @@ def test_the_lowered_decoder_is_made_of_fused_operators(name: str) -> None:
     assert aten.silu.default not in found and _mqc.hadamard.default not in found
     ports = [port.name for port in stages(name)[-1][0].components["decoder"].inputs]
     assert ports[-9:-6] == ["past", "key_cache_0", "value_cache_0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_layer_computes_rows_that_are_asked_for(name: str) -> None:
+    decoder = stages(name)[-1][0].components["decoder"]
+    rows = decoder.input("logit_index").type.shape[1]
+    linears = list(decoder.graph.find_nodes(op="call_function", target=_mqc.linear_w4a8.default))
+    computed = [tensor_type(node).shape[1] for node in linears]
+    assert computed == ["tokens"] * 13 + [rows] * 3
+    modalities = [node.args[4] for node in linears]
+    assert len(set(modalities[:13])) == 1 and len(set(modalities[13:])) == 1
+    assert tensor_type(modalities[-1]).shape == ("batch", rows)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -137,6 +159,9 @@ def test_attention_of_every_family(name: str) -> None:
     assert record.counts.get("rotary", 0) == (0 if name == "blip-2" else 2)
     assert end_to_end_error(before, after, seed=3) <= 1e-12
     assert after.facts["cache"] == "buffer"
+    fewer, record = run(SelectRows(), after)
+    assert record.counts["gathers"] == 1
+    assert end_to_end_error(before, fewer, seed=4) <= 1e-12
 
 
 def test_more_mask_columns_than_keys_change_nothing() -> None:
