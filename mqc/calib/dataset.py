@@ -6,8 +6,9 @@ Sources: a folder of pictures (a ``name.txt`` beside ``name.png`` is its questio
 opened when read.
 
 A row's hash covers what the model sees: roles, text (Unicode NFC, white space collapsed) and the
-decoded RGB pixels of its pictures and videos, but not the answer. So a row is known again after it was copied, renamed or
-stored in another picture format, and :func:`refuse_overlap` can keep evaluation clean.
+decoded RGB pixels of its pictures and videos, but not the answer. So a row is known again after it
+was copied, renamed or stored in another picture format, and :func:`refuse_overlap` can keep
+evaluation clean.
 """
 
 from __future__ import annotations

@@ -88,17 +88,23 @@ def probe(
         weights = error.message
     vision = source.adapter.vision_config
     tower = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None)
-    video = hasattr(source.config, "video_token_id")
+    video = source.adapter.video_reader is not None
+    has_token = hasattr(source.config, "video_token_id")
     return ProbeReport(
         name=str(source.facts["name"]),
         model_type=str(source.config.model_type),
         adapter=type(source.adapter).__name__,
-        modalities=["text", "image", *(["video (not compiled)"] if video else [])],
+        modalities=["text", "image", *_video(video, has_token)],
         layers={"vision": tower, "language": source.adapter.text_config.num_hidden_layers},
         parameters=sum(p.numel() for p in skeleton.model.parameters()),
         components=reports,
         weights=weights,
     )
+
+
+def _video(taken: bool, named: bool) -> list[str]:
+    """What to say of videos; ``named``: the configuration has a token for them."""
+    return ["video"] if taken else ["video (not compiled)"] if named else []
 
 
 def _describe(imported: Imported) -> ComponentReport:

@@ -1,8 +1,9 @@
-"""The tokenizer and image processor of a checkpoint, loaded without torchvision if need be.
+"""The tokenizer, image and video processor of a checkpoint, loaded without torchvision.
 
 Families with a video part cannot be loaded by ``AutoProcessor`` where torchvision is missing.
-:func:`load_processor` then makes the family's own class without its video part; images and text
-work as ever, a video prompt is refused.
+:func:`load_processor` makes the family's own class with a video part that needs none
+(:mod:`mqc.capture.videos`) or, for a family whose videos mqc does not know, without one: images and
+text work as ever, a video prompt is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from mqc.capture.adapters import adapter_for
 from mqc.capture.locate import load_config
+from mqc.capture.videos import load_reader
 from mqc.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -75,11 +78,12 @@ class Processor:
 
         Images stand in the messages: ``{"type": "image", "image": <PIL image or path>}``. Returns
         ``input_ids`` and ``attention_mask`` [batch, tokens], and what the family's vision tower
-        takes. Raises :class:`UsageError` for a video without torchvision and for images or
-        messages that the processor refuses, :class:`CheckpointError` without a chat template.
+        takes. Raises :class:`UsageError` for videos (:func:`mqc.host.build_prompt` takes them) and
+        for images or messages that the processor refuses, :class:`CheckpointError` without a chat
+        template.
         """
         batch: list[Any] = [messages] if _is_conversation(messages) else list(messages)
-        conversations = [[_checked(m, self.image_only) for m in chat] for chat in batch]
+        conversations = [[_checked(m) for m in chat] for chat in batch]
         if not (getattr(self.hf, "chat_template", None) or self.tokenizer.chat_template):
             raise CheckpointError(
                 f"{self.folder} has no chat template",
@@ -132,9 +136,13 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Proce
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
             return Processor(auto, folder, False)
-        if "video_processor" in kind.get_attributes() and not is_torchvision_available():
-            _tell_once(kind.__name__)
-            return Processor(_image_only(kind, folder), folder, True)
+        if "video_processor" in kind.get_attributes():
+            reader = load_reader(folder, adapter_for(config).video_reader)
+            if reader is not None:
+                return Processor(_assembled(kind, folder, reader), folder, False)
+            if not is_torchvision_available():
+                _tell_once(kind.__name__)
+                return Processor(_assembled(kind, folder, None), folder, True)
         return Processor(kind.from_pretrained(folder, local_files_only=True), folder, False)
     except _LOAD_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
@@ -167,11 +175,11 @@ def processor_files(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def _image_only(kind: type[ProcessorMixin], folder: Path) -> ProcessorMixin:
-    """``kind`` from ``folder`` with None for a video processor."""
+def _assembled(kind: type[ProcessorMixin], folder: Path, reader: Any) -> ProcessorMixin:
+    """``kind`` from ``folder`` with ``reader``, maybe None, for a video processor."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        if name == "video_processor" and argument is None:
+        if name == "video_processor":  # transformers looks for its class among torchvision's
             return None
         return kind.check_argument_for_proper_class(self, name, argument)
 
@@ -181,7 +189,7 @@ def _image_only(kind: type[ProcessorMixin], folder: Path) -> ProcessorMixin:
     parts: list[Any] = []
     for name in kind.get_attributes():
         if name == "video_processor":
-            parts.append(None)
+            parts.append(reader)
         else:
             loader = AutoTokenizer if name == "tokenizer" else AutoImageProcessor
             parts.append(loader.from_pretrained(folder, local_files_only=True))
@@ -194,8 +202,7 @@ def _tell_once(name: str) -> None:
     if name not in _told:
         _told.add(name)
         logger.warning(
-            "torchvision is not installed: %s takes text and images, not videos "
-            "(pip install torchvision)",
+            "%s takes text and images here, not videos: its video processor needs torchvision",
             name,
         )
 
@@ -212,14 +219,13 @@ def _is_conversation(messages: Sequence[Any]) -> bool:
     return not messages or isinstance(messages[0], Mapping)
 
 
-def _checked(message: Message, image_only: bool) -> dict[str, Any]:
-    """A copy of ``message`` (templates write into it), refusing videos where they cannot work."""
+def _checked(message: Message) -> dict[str, Any]:
+    """A copy of ``message`` (templates write into it), refusing videos."""
     content = message.get("content")
     if not isinstance(content, str) and content is not None:
         content = [dict(part) for part in content]
-        if image_only and any(part.get("type") == "video" for part in content):
+        if any(part.get("type") == "video" for part in content):
             raise UsageError(
-                "a video prompt needs torchvision, which is not installed",
-                hint="pip install torchvision, or give images",
+                "tensors of a video are not made here", hint="use mqc.host.build_prompt"
             )
     return {**message, "content": content}

@@ -1,4 +1,4 @@
-"""``mqc run``: ask an artifact about images, and read the answer as it is written."""
+"""``mqc run``: ask an artifact about images and videos, and read the answer as it is written."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def run_command(
     images: Annotated[
         list[Path] | None, typer.Option("--image", help="Image file (repeatable, in order).")
     ] = None,
+    videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--video", help="Animation, video file or folder of frames (repeatable, in order)."
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second: to take of a file; those of a folder's frames."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this mass.")] = 1.0,
@@ -28,7 +38,7 @@ def run_command(
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
-    """Ask an artifact about images; the answer is streamed.
+    """Ask an artifact about images and videos; the answer is streamed.
 
     Example: mqc run tiny-w4a8 --image scene.png --prompt "how many circles ?"
     """
@@ -46,6 +56,7 @@ def run_command(
     result = runnable.generate(
         prompt=prompt,
         images=list(images or ()),
+        videos=[{"type": "video", "video": path, "fps": fps} for path in videos or ()],
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_p, seed),
         chunk=chunk,

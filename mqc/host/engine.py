@@ -139,7 +139,7 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
     Where the tower gives wider rows (:func:`spread`), text rows are padded with zeros.
 
     Raises :class:`UsageError` where the tower gives another number of rows than the prompt has
-    image tokens.
+    image and video tokens.
     """
     # An image token may lie outside the vocabulary; its row is replaced anyway.
     ids = batch.input_ids.masked_fill(batch.visual_mask, 0)
@@ -157,6 +157,8 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
             )
         if pieces:
             rows = torch.cat(pieces).to(embeds)
+            if prompt.visual_order is not None:
+                rows = rows[prompt.visual_order.to(rows.device)]
             wider = rows.shape[-1] - embeds.shape[-1]
             embeds = torch.nn.functional.pad(embeds, (0, wider)) if wider else embeds
             embeds[index, batch.visual_mask[index].to(embeds.device)] = rows

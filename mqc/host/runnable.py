@@ -59,17 +59,24 @@ class Runnable:
         *,
         prompt: str | None = None,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
     ) -> Prompt:
-        """Chat messages, or a text with pictures before it, as a :class:`Prompt`.
+        """Chat messages, or a text with pictures and videos before it, as a :class:`Prompt`.
+
+        A video is a path, a list of frames, or a message part that names its ``fps`` too
+        (:func:`mqc.host.videos.open_video`).
 
         Raises :class:`UsageError` unless exactly one of ``messages`` and ``prompt`` is given.
         """
         if (messages is None) == (prompt is None):
             raise UsageError("give either messages or prompt", hint='generate(prompt="...")')
-        if messages is not None and images:
-            raise UsageError("images go into the messages", hint="or use prompt=... with images=")
+        for what, given in (("images", images), ("videos", videos)):
+            if messages is not None and given:
+                raise UsageError(
+                    f"{what} go into the messages", hint=f"or use prompt=... with {what}="
+                )
         if messages is None:
-            messages = messages_from(prompt or "", _as_list(images))
+            messages = messages_from(prompt or "", _as_list(images), _as_list(videos))
         return build_prompt(messages, self.processor, self.adapter)
 
     def generate(
@@ -78,6 +85,7 @@ class Runnable:
         *,
         prompt: str | None = None,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         chunk: int | None = None,
@@ -91,7 +99,7 @@ class Runnable:
 
         result = generate_batch(
             self.engine,
-            [self.prompt(messages, prompt=prompt, images=images)],
+            [self.prompt(messages, prompt=prompt, images=images, videos=videos)],
             tokenizer=self.tokenizer,
             max_new_tokens=max_new_tokens,
             stop=stops,
@@ -108,6 +116,7 @@ class Runnable:
         *,
         prompt: str | None = None,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         chunk: int | None = None,
@@ -116,7 +125,7 @@ class Runnable:
 
         The prompt is built at the call, so its errors come before the first piece.
         """
-        built = self.prompt(messages, prompt=prompt, images=images)
+        built = self.prompt(messages, prompt=prompt, images=images, videos=videos)
         stops, text = frozenset(self.stop), TextStream(self.tokenizer)
         tokens = steps(
             self.engine,

@@ -11,7 +11,7 @@ import torch
 from mqc.errors import UsageError
 from mqc.host import Sampling, generate, generate_batch, prefill, steps
 from mqc.host.generate import TextStream, decode_text, stop_tokens
-from mqc.host.prompt import split_images
+from mqc.host.prompt import split_media
 
 NEW = 6
 
@@ -19,7 +19,7 @@ NEW = 6
 def hf_answer(name: str, messages: tiny.Messages) -> tuple[list[int], torch.Tensor]:
     """Tokens of transformers' greedy generation, and the logits [steps, vocab] behind them."""
     processor = tiny.runnable(name).processor.hf
-    plain, images = split_images(messages)
+    plain, images, _ = split_media(messages)
     text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
     bos = processor.tokenizer.bos_token
     inputs = processor(

@@ -21,7 +21,10 @@ How to write one, for a family that needs more:
     :meth:`~Adapter.prepare` may replace a method of the (weightless) model that cannot be traced.
 4.  :meth:`~Adapter.vision_calls` and :meth:`~Adapter.position_ids` run at prompt time, without a
     model: they turn what the processor gives into calls and positions.
-5.  Put it into its own file here, named after the geometry, decorated with
+5.  A family whose prompts hold videos names its :attr:`~Adapter.video_reader`, and gives
+    :meth:`~Adapter.video_calls` where :meth:`~Adapter.modalities` tells videos from images. A call
+    may be a frame or a whole video, whatever the tower attends.
+6.  Put it into its own file here, named after the geometry, decorated with
     ``@register("its_model_type", ...)``, and import the file below. A package outside of mqc does
     the same with :func:`register`.
 """
@@ -31,6 +34,7 @@ from __future__ import annotations
 from mqc.capture.adapters import (
     any_size,
     features,
+    frames,
     grid,
     interpolated,
     merging,
@@ -52,7 +56,7 @@ from mqc.capture.adapters.base import (
 from mqc.capture.adapters.grid import GridAdapter
 from mqc.capture.adapters.registry import adapter_for, is_registered, register
 
-register("internvl", "deepseek_vl")(Adapter)
+register("deepseek_vl")(Adapter)
 
 __all__ = [
     "LINEAR_ATTENTION",
@@ -65,6 +69,7 @@ __all__ = [
     "adapter_for",
     "any_size",
     "features",
+    "frames",
     "grid",
     "interpolated",
     "is_registered",

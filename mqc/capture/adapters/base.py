@@ -59,6 +59,13 @@ class Adapter:
     takes_modality: bool = False
     """Whether the decoder itself asks which rows are visual (weights of their own for them)."""
 
+    video_reader: str | None = None
+    """transformers' video processor class of the family (:mod:`mqc.capture.videos`); None where
+    its prompts have no video."""
+
+    mixes_media: bool = True
+    """Whether one prompt may hold images and videos, as the family's processor gives them."""
+
     fused_attention: bool = True
     """False once a part of the model turned out to have no implementation with SDPA."""
 
@@ -96,6 +103,15 @@ class Adapter:
             f"config.json of model type {self.config.model_type!r} names no image token",
             hint='add "image_token_id" to config.json',
         )
+
+    @property
+    def video_token_id(self) -> int | None:
+        """The token that stands for rows of videos; None where the image token does, or none."""
+        for name in ("video_token_id", "video_token_index") if self.video_reader else ():
+            value = getattr(self.config, name, None)
+            if value is not None:
+                return int(value)
+        return None
 
     def check(self) -> None:
         """Raise :class:`CaptureError` for a model that three plain graphs would compute wrongly.
@@ -217,6 +233,20 @@ class Adapter:
         if sum(counts) != len(pixels):
             counts = [1] * len(pixels)
         return [{"pixel_values": tiles} for tiles in pixels.split(counts)]
+
+    def video_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        """Tower calls for the tokens of :meth:`modalities` 2, in the order of these tokens.
+
+        Empty where :meth:`vision_calls` gives the frames: as images among images.
+        """
+        return []
+
+    def modalities(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What each token of one sequence stands for: int64 [tokens], 0 text, 1 image, 2 video."""
+        kinds = (input_ids == self.image_token_id).to(torch.int64)
+        if self.video_token_id is not None:
+            kinds[input_ids == self.video_token_id] = 2
+        return kinds
 
     def tokens_per_tile(self) -> int | None:
         """Image tokens that one tile becomes, or None where the configuration does not say."""

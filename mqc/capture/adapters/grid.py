@@ -25,14 +25,17 @@ from mqc.capture.segments import use_segment_attention
 
 @register("qwen2_vl")
 class GridAdapter(Adapter):
-    """A tower over patches of a variable grid: one call is one image of ``t * h * w`` patches.
+    """A tower over patches of a variable grid: one call is one image of ``h * w`` patches.
 
     The processor gives flat patches ``pixel_values`` [patches, features] and ``image_grid_thw``
-    [images, 3]; positions inside the grid are an input of the graph. Text positions follow the
-    family's own ``get_rope_index``, called without a model.
+    [images, 3]; positions inside the grid are an input of the graph. A video, given as
+    ``pixel_values_videos`` and ``video_grid_thw`` [videos, 3], is ``t`` calls: attention does not
+    leave a temporal patch, and positions inside the tower do not count them. Text positions follow
+    the family's own ``get_rope_index``, called without a model.
     """
 
     rope_axes = 3
+    video_reader = "Qwen2VLVideoProcessor"
 
     def prepare(self, model: PreTrainedModel) -> None:
         use_segment_attention(model)
@@ -56,7 +59,7 @@ class GridAdapter(Adapter):
         return DynamicSize("blocks", self.merge**2)
 
     def geometry(self, grid: torch.Tensor) -> Call:
-        """A call's inputs besides the pixels, for a grid int64 [1, 3] (frames, rows, columns)."""
+        """A call's inputs besides the pixels, for a grid int64 [1, 3] (1, rows, columns)."""
         return {"position_ids": get_vision_position_ids(grid, self.merge)}
 
     def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> Features:
@@ -77,29 +80,37 @@ class GridAdapter(Adapter):
         return embeds
 
     def vision_calls(self, processed: Mapping[str, Any]) -> list[Call]:
-        pixels, grids = processed.get("pixel_values"), processed.get("image_grid_thw")
+        return self._slices(processed.get("pixel_values"), processed.get("image_grid_thw"))
+
+    def video_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        return self._slices(processed.get("pixel_values_videos"), processed.get("video_grid_thw"))
+
+    def _slices(self, pixels: Any, grids: Any) -> list[Call]:
+        """One call for each temporal patch of each grid."""
         if pixels is None or grids is None:
             return []
-        grids = torch.as_tensor(grids).reshape(-1, 3)
-        pieces = torch.as_tensor(pixels).split(grids.prod(-1).tolist())
-        return [
-            {"pixel_values": piece, **self.geometry(grid[None])}
-            for piece, grid in zip(pieces, grids, strict=True)
-        ]
+        calls = []
+        start = 0
+        for frames, rows, columns in torch.as_tensor(grids).reshape(-1, 3).tolist():
+            geometry = self.geometry(torch.tensor([[1, rows, columns]]))
+            for _ in range(frames):
+                piece = torch.as_tensor(pixels)[start : start + rows * columns]
+                calls.append({"pixel_values": piece, **geometry})
+                start += rows * columns
+        return calls
 
     def position_ids(
         self, input_ids: torch.Tensor, processed: Mapping[str, Any]
     ) -> tuple[torch.Tensor, int]:
         ids = torch.as_tensor(input_ids).reshape(1, -1)
-        grids = processed.get("image_grid_thw")
-        image = ids == self.image_token_id
-        if grids is None or not bool(image.any()):
+        kinds = self.modalities(ids[0])
+        if not bool(kinds.any()):
             length = int(ids.shape[-1])
             return torch.arange(length).expand(3, -1).contiguous(), length
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        known = {name: torch.as_tensor(processed[name]) for name in names if name in processed}
         positions, _ = Unbound(self.config).get_rope_index(
-            ids,
-            mm_token_type_ids=image.to(torch.int32),
-            image_grid_thw=torch.as_tensor(grids).reshape(-1, 3),
+            ids, mm_token_type_ids=kinds[None].to(torch.int32), **known
         )
         return positions[:, 0].contiguous(), int(positions.max()) + 1
 

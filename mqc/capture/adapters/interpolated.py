@@ -52,6 +52,8 @@ class DeepstackAdapter(InterpolatedGridAdapter):
     decoder layer i. The graph adds them densely, with zeros in text rows.
     """
 
+    video_reader = "Qwen3VLVideoProcessor"
+
     @property
     def side_inputs(self) -> int:
         return len(self.vision_config.deepstack_visual_indexes)
@@ -72,14 +74,27 @@ class DeepstackAdapter(InterpolatedGridAdapter):
 
 @register("glm4v")
 class BicubicGridAdapter(InterpolatedGridAdapter):
-    """Positions by bicubic ``grid_sample``, written as the weighted sum that it is."""
+    """Positions by bicubic ``grid_sample``, written as the weighted sum that it is.
 
+    Image tokens stand for videos too: those between the tokens that begin and end a video. They
+    are rows of images and of videos apart here, so that a prompt may hold both, which
+    transformers' own model does not take.
+    """
+
+    video_reader = "Glm4vVideoProcessor"
     mode = "bicubic"
     align_corners = False
 
     @property
     def side(self) -> int:
         return int(self.vision_config.image_size // self.vision_config.patch_size)
+
+    def modalities(self, input_ids: torch.Tensor) -> torch.Tensor:
+        image = input_ids == self.image_token_id
+        starts = (input_ids == self.config.video_start_token_id).to(torch.int64).cumsum(0)
+        ends = (input_ids == self.config.video_end_token_id).to(torch.int64).cumsum(0)
+        kinds: torch.Tensor = image.to(torch.int64) * (1 + (starts > ends).to(torch.int64))
+        return kinds
 
     def image_embeds(self, model: PreTrainedModel, *inputs: torch.Tensor) -> Features:
         *rest, indices, weights = inputs

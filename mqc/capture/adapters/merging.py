@@ -29,9 +29,12 @@ class MergingGridAdapter(Adapter):
     """Windows of 2x2 patches become one inside the tower, and 2x2 of these one visual token.
 
     The processor gives ``pixel_values`` [1, channels, patch, patch * patches], all images in one
-    strip, and ``target_sizes`` [images, 2] (rows and columns of patches). A call takes one image's
-    patches as rows, and the orders in which each merge reads them.
+    strip, and ``target_sizes`` [images, 2] (rows and columns of patches); frames of videos come in
+    a strip of their own. A call takes one image's or frame's patches as rows, and the orders in
+    which each merge reads them.
     """
+
+    video_reader = "MiniCPMV4_6VideoProcessor"
 
     def prepare(self, model: PreTrainedModel) -> None:
         if self.config.downsample_mode != "16x":
@@ -102,7 +105,14 @@ class MergingGridAdapter(Adapter):
         return rows[None]
 
     def vision_calls(self, processed: Mapping[str, Any]) -> list[Call]:
-        pixels, grids = processed.get("pixel_values"), processed.get("target_sizes")
+        return self._strip(processed.get("pixel_values"), processed.get("target_sizes"))
+
+    def video_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        return self._strip(
+            processed.get("pixel_values_videos"), processed.get("target_sizes_videos")
+        )
+
+    def _strip(self, pixels: Any, grids: Any) -> list[Call]:
         if pixels is None or grids is None:
             return []
         vision = self.vision_config
@@ -131,14 +141,17 @@ class CanvasAdapter(MergingGridAdapter):
         self, input_ids: torch.Tensor, processed: Mapping[str, Any]
     ) -> tuple[torch.Tensor, int]:
         ids = torch.as_tensor(input_ids).reshape(1, -1)
-        grids, image = processed.get("target_sizes"), ids == self.image_token_id
-        if grids is None or not bool(image.any()):
+        kinds = self.modalities(ids[0])
+        if not bool(kinds.any()):
             length = int(ids.shape[-1])
             return torch.arange(length).expand(3, -1).contiguous(), length
+        known = {
+            name: torch.as_tensor(processed[name]).reshape(-1, 2)
+            for name in ("target_sizes", "target_sizes_videos")
+            if name in processed
+        }
         positions, _ = Unbound(self.config).get_rope_index(
-            ids,
-            mm_token_type_ids=image.to(torch.int32),
-            target_sizes=torch.as_tensor(grids).reshape(-1, 2),
+            ids, mm_token_type_ids=kinds[None].to(torch.int32), **known
         )
         return positions[:, 0].contiguous(), int(positions.max()) + 1
 

@@ -14,7 +14,7 @@ from mqc.capture.adapters.registry import register
 from mqc.errors import UsageError
 
 
-@register("idefics3", "smolvlm")
+@register("idefics3")
 class NestedTilesAdapter(Adapter):
     """Idefics3, SmolVLM: square tiles, each with its own run of image tokens in the prompt."""
 
@@ -47,6 +47,14 @@ class NestedTilesAdapter(Adapter):
     def tokens_per_tile(self) -> int | None:
         vision = self.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2  # type: ignore[no-any-return]
+
+
+@register("smolvlm")
+class FramesAsTilesAdapter(NestedTilesAdapter):
+    """SmolVLM: a frame of a video is one tile, given as the tiles of images are."""
+
+    video_reader = "SmolVLMVideoProcessor"
+    mixes_media = False
 
 
 def _places(embeddings: Any) -> torch.Tensor:

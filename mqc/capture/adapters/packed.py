@@ -134,6 +134,38 @@ class PackedTilesAdapter(FeatureLayers):
 
 @register("llava_onevision")
 class ResizedTilesAdapter(PackedTilesAdapter):
-    """LLaVA-OneVision: as LLaVA-NeXT, but features of large images are shrunk bilinearly."""
+    """LLaVA-OneVision: as LLaVA-NeXT, but features of large images are shrunk bilinearly.
+
+    A video is one call: a tile a frame, whose features are shrunk to half the side, and one newline
+    behind the last.
+    """
 
     taps = 4
+    video_reader = "LlavaOnevisionVideoProcessor"
+
+    def video_calls(self, processed: Mapping[str, Any]) -> list[Call]:
+        """One call a video; ``pixel_values_videos`` [videos, frames, 3, height, width]."""
+        pixels = processed.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        unbound = Unbound(self.config)
+
+        def pool(features: torch.Tensor) -> torch.Tensor:
+            pooled: torch.Tensor = unbound.apply_pooling(features[None])[0]
+            return pooled
+
+        index, weight = pack_lists(pool, side * side, self.taps)
+        calls = []
+        for frames in (torch.as_tensor(video) for video in pixels):
+            steps = torch.arange(len(frames))[:, None, None] * side * side
+            newline = torch.full((1, self.taps), len(frames) * side * side)
+            first = torch.eye(1, self.taps)
+            calls.append(
+                {
+                    "pixel_values": frames,
+                    "pack_index": torch.cat([(index + steps).flatten(0, 1), newline]),
+                    "pack_weight": torch.cat([weight.repeat(len(frames), 1), first]),
+                }
+            )
+        return calls

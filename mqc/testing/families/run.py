@@ -11,20 +11,23 @@ import torch
 from mqc.capture import Adapter
 from mqc.host import Engine, Prompt, make_batch, merge
 from mqc.host.engine import read
+from mqc.host.prompt import visual_order
 from mqc.testing.families.frame import Family, batch_of
 
 
 def family_prompt(adapter: Adapter, sample: dict[str, torch.Tensor]) -> Prompt:
     """One row of a processor's output as a prompt."""
     ids = sample["input_ids"][0]
+    kinds = adapter.modalities(ids)
     positions, following = adapter.position_ids(ids, sample)
     return Prompt(
         ids,
-        ids == adapter.image_token_id,
+        kinds > 0,
         positions,
         following,
-        adapter.vision_calls(sample),
+        [*adapter.vision_calls(sample), *adapter.video_calls(sample)],
         blocks=adapter.attention_blocks(ids),
+        visual_order=visual_order(kinds),
     )
 
 
