@@ -187,14 +187,13 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     t.split_block = c.split * kBlock;
     t.w_split = c.split ? c.w_split + block * t.split_block : nullptr;
     t.residual_row = t.y_row = c.shape.n;
-    // The next strip's packed weights come to the cache meanwhile, a part with each row tile. (8-bit
-    // weights are read in order, where the processor's own prefetch does well.)
-    const bool more = p.s.bits == 4 && index + 1 < p.strips;
+    // The next strip's packed weights come to the cache meanwhile, a part with each row tile.
+    const bool more = index + 1 < p.strips;
     const int64_t strip_bytes = p.isa->blocks * p.s.block_bytes, tiles = tile_to - tile_from;
     const int64_t part = more ? round_up((strip_bytes + tiles - 1) / tiles, kLine) : 0;
     t.ahead = packed + (more ? strip_bytes : 0);
     t.ahead_end = t.ahead + part;
-    t.ahead_twice = tiles == 1;
+    const int64_t steps = p.s.groups * p.padded / 8;
     for (int64_t i = tile_from; i < tile_to; i++) {
         const int64_t row = first_row(job, i);
         t.rows = first_row(job, i + 1) - row;
@@ -204,6 +203,9 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
         t.x_split = c.split ? c.x_split + row * c.split : nullptr;
         t.residual = c.residual ? c.residual + row * c.shape.n + column : nullptr;
         t.y = c.y + row * c.shape.n + column;
+        const int64_t lines = t.rows * p.isa->blocks * (t.residual ? 2 : 1) + part / kLine;
+        t.ask_every = steps > lines ? steps / lines : 1;
+        t.ask_lines = steps > lines ? 1 : (lines + steps - 1) / steps;
         if (channels < p.isa->blocks * kBlock)
             edge_tile(job, form, t, channels, reinterpret_cast<float*>(scratch + p.panel_bytes));
         else

@@ -56,10 +56,10 @@ struct Tile {
     int64_t residual_row;  // floats between rows
     float* y;
     int64_t y_row;
-    // Memory wanted soon: a line (or two) is asked for with every 8 inputs. Slowly, for a core has
-    // few fill buffers and the tile's own operands come through them too.
+    // Memory wanted after this tile. Its lines, and before them those of y and residual, are asked
+    // for along the way: ask_lines of them with every ask_every-th step of 8 inputs.
     const uint8_t *ahead, *ahead_end;
-    bool ahead_twice;
+    int64_t ask_every, ask_lines;
     uint8_t* keep;  // where kNibbles leaves the weights unpacked, as kSmall reads them, or null
     int64_t keep_block, keep_group;  // bytes, as w_block and w_group
 };

@@ -71,10 +71,12 @@ inline __attribute__((always_inline)) void finish(const Tile& t, typename V::Flo
             V::store_float(t.y + r * t.y_row + v * V::lanes, y[r][v]);
 }
 
-// Makes the compiler load from w again, rather than keep both halves of a step in registers.
-inline void hide(const uint8_t*& w) {
+// Makes the compiler forget what it knows of a pointer. (Of w: or it would keep both halves of a step
+// in registers rather than load twice.)
+template <class T>
+inline void hide(T*& pointer) {
 #if defined(__GNUC__)
-    __asm__("" : "+r"(w));
+    __asm__("" : "+r"(pointer));
 #endif
 }
 
@@ -108,47 +110,72 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_
     }
 }
 
+// Asks for lines of memory that a tile needs soon: those of y, of the residual, then whatever t.ahead
+// names. A few at a time: all at once would take every fill buffer of the core, and the tile's own
+// operands come through these too.
+template <int R, int B>
+struct Soon {
+    const Tile& t;
+    const uint8_t* ahead = t.ahead;
+    int64_t line = 0;
+
+    inline __attribute__((always_inline)) void ask() {
+        for (int64_t i = 0; i < t.ask_lines; i++, line++) {
+            if (line < R * B) {
+                __builtin_prefetch(t.y + line / B * t.y_row + line % B * kBlock, 1);
+            } else if (t.residual && line < 2 * R * B) {
+                const int64_t at = line - R * B;
+                __builtin_prefetch(t.residual + at / B * t.residual_row + at % B * kBlock);
+            } else if (ahead < t.ahead_end) {
+                __builtin_prefetch(ahead);
+                ahead += 64;
+            }
+        }
+    }
+};
+
 // R rows, B blocks. `x` is [groups, group_k / 4, R, 4].
 template <class V, int R, int B, Form form>
 void tile_of(const Tile& t) {
     constexpr int P = kVectors<V>, N = B * P;
     // Few sums: keep two of each, or the latency of the dot product would show.
     constexpr bool two = R * N <= V::latency;
-    float partial[R][B * kBlock];
-    if (t.groups > 1) memset(partial, 0, sizeof partial);
+    float memory[R * B * kBlock];
+    // Sums of the groups before. Hidden, or the compiler would make registers of it.
+    float* partial = t.groups > 1 ? memory : nullptr;
+    hide(partial);
     const int8_t* x = t.x;
-    const uint8_t* ahead = t.ahead;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) __builtin_prefetch(t.y + r * t.y_row + b * kBlock, 1);
+    Soon<R, B> soon{t};
     for (int64_t g = 0; g < t.groups; g++) {
-        typename V::Int sum[R][N], second[two ? R : 1][two ? N : 1];
+        typename V::Int sum[R][N], second[R][N];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const typename V::Int start = V::spread_int(t.correction[g * R + r]);
 #pragma GCC unroll 16
             for (int v = 0; v < N; v++) {
                 sum[r][v] = start;
-                if (two) second[two ? r : 0][two ? v : 0] = V::spread_int(0);
+                if (two) second[r][v] = V::spread_int(0);
             }
         }
         const uint8_t* w = t.w + g * t.w_group;
         uint8_t* keep = form == kNibbles && t.keep ? t.keep + g * t.keep_group : nullptr;
+        const int64_t w_block = t.w_block, keep_block = t.keep_block;
         const int64_t stride = form == kNibbles ? 64 : 128;
-        for (int64_t i = 0; i < t.group_k / 8; i++, w += stride, x += 8 * R) {
-            if (ahead < t.ahead_end) {
-                __builtin_prefetch(ahead);
-                if (t.ahead_twice) __builtin_prefetch(ahead += 64);
-                ahead += 64;
-            }
-            multiply<V, R, N, form, false>(w, t.w_block, x, sum, keep, t.keep_block);
-            hide(w);
-            if constexpr (two)
-                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, second, keep, t.keep_block);
-            else
-                multiply<V, R, N, form, true>(w, t.w_block, x + 4 * R, sum, keep, t.keep_block);
-            if (form == kNibbles && keep) keep += 128;
-        }
+        const int8_t* const end = x + t.group_k * R;
+        do {
+            soon.ask();
+            const int8_t* const next = x + t.ask_every * 8 * R;
+            const int8_t* const stop = next < end ? next : end;
+            do {
+                multiply<V, R, N, form, false>(w, w_block, x, sum, keep, keep_block);
+                hide(w);
+                multiply<V, R, N, form, true>(w, w_block, x + 4 * R, two ? second : sum, keep,
+                                              keep_block);
+                if (form == kNibbles && keep) keep += 128;
+                w += stride;
+                x += 8 * R;
+            } while (x < stop);
+        } while (x < end);
         typename V::Float y[R][N];
 #pragma GCC unroll 16
         for (int v = 0; v < N; v++) {
@@ -156,21 +183,21 @@ void tile_of(const Tile& t) {
             const typename V::Float scale = V::load_float(at);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
-                if (two) sum[r][v] = V::add(sum[r][v], second[two ? r : 0][two ? v : 0]);
+                if (two) sum[r][v] = V::add(sum[r][v], second[r][v]);
                 y[r][v] = V::mul(V::to_float(sum[r][v]), scale);
             }
         }
-        if (t.groups > 1) {
+        if (partial) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
                 for (int v = 0; v < N; v++) {
-                    float* before = &partial[r][v * V::lanes];
-                    y[r][v] = V::add(V::load_float(before), y[r][v]);
+                    float* before = partial + (r * N + v) * V::lanes;
+                    if (g > 0) y[r][v] = V::add(V::load_float(before), y[r][v]);
                     V::store_float(before, y[r][v]);
                 }
+            if (g < t.groups - 1) continue;
         }
-        if (g < t.groups - 1) continue;
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const typename V::Float scale = V::spread_float(t.x_scale[r]);
