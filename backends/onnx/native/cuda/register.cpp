@@ -35,6 +35,7 @@ struct Provider {
 extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL
 RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
     return mqc_onnx::register_in(options, base, "libmqc_onnx_cuda.so", [](auto& session) {
+        mqc_onnx_cuda::kernels();  // a missing library is an error here, and not later
         // Never freed: sessions keep pointers to its operators.
         static auto& domain = *new mqc_onnx::Domain<mqc_onnx_cuda::Provider>({});
         session.Add(domain.domain);

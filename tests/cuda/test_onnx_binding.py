@@ -1,0 +1,336 @@
+"""onnxruntime's binding of the CUDA kernels, over the emulated ones: the library as it is built.
+
+The emulated kernels read the host's memory, and the library then registers its operators for the
+CPU provider. Everything but the provider, its stream and its memory is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import native.test_binding as cases
+import native_library
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from cuda_emulator import compile_emulated
+
+from mqc.backends.onnx.library import build_hint, ops_library
+from mqc.cuda.library import PATH_VARIABLE
+from mqc.numerics.hadamard import hadamard_factors
+from mqc.numerics.packing import pack_c16k4, pack_int4
+from mqc.ops.onnx_functions import attach_functions
+
+LIBRARY = ops_library("cuda")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"no operator library: {build_hint()}")
+CONSTANT = (*cases.CONSTANT, "split")
+Values = cases.Values
+
+
+def has_kernel(op_type: str) -> bool:
+    """Signed activations, one weight scale a channel; float linears and towers by their bodies."""
+    op, *flags = op_type.split("_")
+    if op in ("LinearW4A8", "LinearW8A8"):
+        return "s8" in flags and "group" not in flags
+    rows = ("QuantizeStatic", "RmsNormQuantize", "ActivationQuantize", "Hadamard", "EmbeddingW8")
+    return "u8" not in flags and op in (*rows, "Attention")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated_kernels() -> Iterator[None]:
+    """The library keeps the first kernel library that it opens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PATH_VARIABLE, str(compile_emulated()))
+        ort.SessionOptions().register_custom_ops_library(str(LIBRARY))
+        yield
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def arguments(op_type: str, rng: np.random.Generator) -> Values:
+    """Values and keys of one size: others have no kernel."""
+    values = cases.arguments(op_type, rng)
+    if op_type.startswith("Attention") and "v" in values:
+        values["v"] = cases.floats(rng, *values["k"].shape)
+        values["value_cache"] = cases.floats(rng, *values["key_cache"].shape)
+    if op_type == "EmbeddingW8":  # ids are not looked at before the kernel runs: none is negative
+        values["ids"] = values["ids"] % len(values["qweight"])
+    return values
+
+
+def model_of(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) -> onnx.ModelProto:
+    model: onnx.ModelProto = cases.model_of(calls, constants)
+    return model
+
+
+def feeds(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) -> Values:
+    given: Values = cases.feeds(calls, constants)
+    return given
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(LIBRARY))
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(calls: dict[str, Values]) -> list[np.ndarray]:
+    found: list[np.ndarray] = session(model_of(calls)).run(None, feeds(calls))
+    return found
+
+
+def bodies(calls: dict[str, Values]) -> list[np.ndarray]:
+    model = model_of(calls)
+    attach_functions(model)
+    made = native_library.session(model.SerializeToString(), native=False)
+    found: list[np.ndarray] = made.run(None, feeds(calls))
+    return found
+
+
+def compare(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    for left, right in zip(got, wanted, strict=True):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        if left.dtype == np.float32:
+            assert native_library.relative(left, right) <= 2e-6
+        else:
+            assert native_library.steps_apart(left, right) <= 1
+            assert (left != right).mean() <= 0.01
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def test_symbols() -> None:
+    """Exported: two functions. onnxruntime and the kernels come by pointers."""
+    if shutil.which("nm") is None:
+        pytest.skip("no binutils")
+
+    def names(which: str) -> set[str]:
+        command = ["nm", "-D", f"--{which}-only", str(LIBRARY)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1] for line in text.splitlines()}
+
+    assert names("defined") == {"RegisterCustomOps", "mqc_attention_in_place"}
+    undefined = names("undefined")
+    assert not [n for n in undefined if re.search(r"^Ort|onnxruntime|^mqc_|^cu[A-Zd]|torch", n)]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("/no/libmqc_cuda.so", "cannot be loaded"), ("libc.so.6", "has no function mqc_abi_version")],
+)
+def test_missing_kernels_are_explained(place: str, message: str) -> None:
+    code = (
+        "import sys, onnxruntime as ort\n"
+        "try: ort.SessionOptions().register_custom_ops_library(sys.argv[1])\n"
+        "except Exception as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(LIBRARY)]
+    environment = {**os.environ, PATH_VARIABLE: place}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert f"the kernel library {place} {message}" in result.stdout
+    assert "build it with: python -m mqc.cuda.build" in result.stdout
+
+
+# ---- equal to the bodies -----------------------------------------------------------------------
+
+TAKEN = {"LinearW4A8": 2, "LinearW8A8": 3, "ActivationQuantize": 11}
+"""Of the many variants of an operator every so many are run: the others combine the same flags."""
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in cases.VARIANTS if any(map(has_kernel, cases.VARIANTS[op]))]
+)
+def test_kernels_equal_bodies(op: str, rng: np.random.Generator) -> None:
+    """A model without bodies: every variant has a kernel."""
+    types = [op_type for op_type in cases.VARIANTS[op] if has_kernel(op_type)]
+    calls = {op_type: arguments(op_type, rng) for op_type in types[:: TAKEN.get(op, 1)]}
+    compare(run(calls), bodies(calls))
+
+
+@pytest.mark.parametrize("layout", ["", "_c16k4"])
+@pytest.mark.parametrize("op", ["LinearW4A8", "LinearW8A8"])
+def test_weights_of_several_tiles(op: str, layout: str, rng: np.random.Generator) -> None:
+    """Exact integers, for few rows (split along the inputs) and many, aligned and not."""
+    n, bits = 130, 4 if op == "LinearW4A8" else 8
+    for k, rows in ((272, 1), (520, 3), (136, 70)):
+        q = rng.integers(-8, 8, (n, k)) if bits == 4 else rng.integers(-127, 128, (n, k))
+        weight = torch.from_numpy(q.astype(np.int8))
+        stored = pack_int4(weight) if bits == 4 else weight
+        x = rng.integers(-127, 128, (rows, k)).astype(np.int8)
+        values = {
+            "xq": x,
+            "qweight": (pack_c16k4(weight, 1, bits) if layout else stored).numpy(),
+            "w_scale": np.ones(n, np.float32),
+            "x_scale": np.ones(1, np.float32),
+        }
+        (got,) = run({f"{op}_s8{layout}": values})
+        assert np.array_equal(got, x.astype(np.int64) @ q.T)
+
+
+@pytest.mark.parametrize("op_type", ["LinearW4A8_mask_bias", "QuantizeStatic_u8", "RankUpdate"])
+def test_variants_without_a_kernel_run_by_their_bodies(
+    op_type: str, rng: np.random.Generator
+) -> None:
+    calls = {op_type: arguments(op_type, rng)}
+    model = model_of(calls)
+    with pytest.raises(Exception, match=op_type):
+        session(model)
+    attach_functions(model)
+    got = session(model).run(None, feeds(calls))
+    for left, right in zip(got, bodies(calls), strict=True):
+        assert np.array_equal(left, right)
+
+
+def test_cache_is_written_in_place(rng: np.random.Generator) -> None:
+    """One buffer bound to input and output: the new rows are written, the others stay."""
+    calls = {"Attention_half": arguments("Attention_half", rng)}
+    given, wanted = feeds(calls), run(calls)
+    made = session(model_of(calls))
+    binding, caches = made.io_binding(), {}
+    for name, value in given.items():
+        caches[name] = ort.OrtValue.ortvalue_from_numpy(value.copy())
+        binding.bind_ortvalue_input(name, caches[name])
+    binding.bind_output("Attention_half:out", "cpu")
+    for name in ("key_cache", "value_cache"):
+        binding.bind_ortvalue_output(f"Attention_half:new_{name}", caches[f"Attention_half.{name}"])
+    made.run_with_iobinding(binding)
+    out = binding.get_outputs()[0].numpy()
+    got = [out, *(caches[f"Attention_half.{n}"].numpy() for n in ("key_cache", "value_cache"))]
+    for left, right in zip(got, wanted, strict=True):
+        assert np.array_equal(left, right)
+    assert not np.array_equal(got[1], given["Attention_half.key_cache"])
+    assert np.array_equal(caches["Attention_half.q"].numpy(), given["Attention_half.q"])
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+def test_cache_grows(spare: int, rng: np.random.Generator) -> None:
+    """Without rows left in the cache the result has past + S; angles may be the same for all."""
+    values = arguments("Attention_packed_half", rng)
+    for name in ("key_cache", "value_cache"):
+        values[name] = np.ascontiguousarray(values[name][:, :, : 4 + spare])
+    for name in ("cos", "sin"):
+        values[name] = values[name][:1]
+    calls = {"Attention_packed_half": values}
+    compare(run(calls), bodies(calls))
+
+
+def test_calls_with_another_past(rng: np.random.Generator) -> None:
+    """The number is kept on the device from call to call, as long as it is the same."""
+    values = arguments("Attention", rng)
+    made = session(model_of({"Attention": values}))
+    for past in (4, 4, 2, 0):
+        calls = {"Attention": {**values, "past": np.array([past])}}
+        compare(made.run(None, feeds(calls)), bodies(calls))
+
+
+# ---- malformed ---------------------------------------------------------------------------------
+
+FUZZED = [
+    "LinearW4A8_mask_bias_split_residual_s8",
+    "LinearW8A8_count_bias_s8_c16k4",
+    "LinearW4A8_odd_s8",
+    "QuantizeStatic_mask",
+    "RmsNormQuantize_count_split",
+    "ActivationQuantize_silu_gated_f2_mask_split",
+    "Hadamard_f2",
+    "EmbeddingW8",
+    "Attention_half",
+    "Attention_packed_interleaved_partial",
+]
+VALID = {
+    # What a mutation may leave valid, as for the CPU's kernels.
+    "LinearW8A8_count_bias_s8_c16k4": ("xq",),
+    "LinearW4A8_odd_s8": ("xq",),
+    "QuantizeStatic_mask": ("x",),
+    "RmsNormQuantize_count_split": ("x", "split"),
+    "ActivationQuantize_silu_gated_f2_mask_split": ("split",),
+    "Hadamard_f2": ("x",),
+    "EmbeddingW8": ("ids", "qweight"),
+    "Attention_half": ("mask", "cos", "past"),
+    "Attention_packed_interleaved_partial": ("mask", "cos", "past"),
+}
+
+
+@pytest.mark.parametrize("op_type", FUZZED)
+def test_malformed_shapes_are_errors(op_type: str, rng: np.random.Generator) -> None:
+    """At session creation for constants, at run time for others; never a crash."""
+    values = arguments(op_type, rng)
+    good = session(model_of({op_type: values}))
+    good.run(None, feeds({op_type: values}))
+    raised = 0
+    for name, value in values.items():
+        for kind, changed in cases.mutations(value):
+            calls = {op_type: {**values, name: changed.copy()}}
+            message = None
+            try:
+                made = session(model_of(calls)) if name in CONSTANT else good
+                made.run(None, feeds(calls))
+            except Exception as error:  # noqa: BLE001  (onnxruntime's own types)
+                message, raised = str(error), raised + 1
+            if message is None:
+                assert name in VALID.get(op_type, ()), (name, kind)
+            else:
+                assert op_type in message, (name, kind)
+    assert raised > len(values)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["no sequences", "no tokens"])
+@pytest.mark.parametrize("op_type", FUZZED)
+def test_no_rows(op_type: str, axis: int, rng: np.random.Generator) -> None:
+    values = arguments(op_type, rng)
+    for name, value in values.items():
+        place = cases.AXES.get(name, (0, 1))[axis]
+        if name == "modality" and value.ndim == 1 and axis == 1:
+            values[name] = np.zeros(cases.B, np.int64)
+        elif place is not None and not (op_type == "EmbeddingW8" and name != "ids"):
+            values[name] = np.ascontiguousarray(np.take(value, [], place))
+    assert run({op_type: values})[0].size == 0
+
+
+def changed(op_type: str, rng: np.random.Generator, **values: Any) -> dict[str, Values]:
+    return {op_type: {**arguments(op_type, rng), **values}}
+
+
+def test_values_out_of_range(rng: np.random.Generator) -> None:
+    for column, past in ((20, -1), (-1, 2**62)):
+        with pytest.raises(Exception, match=f"split names column {column}"):
+            run(changed("RmsNormQuantize_split", rng, split=np.array([column])))
+        with pytest.raises(Exception, match=f"past is {past}"):
+            run(changed("Attention", rng, past=np.array([past])))
+    with pytest.raises(Exception, match="columns"):
+        run(changed("Attention", rng, past=np.array([5])))
+    (rows,) = run(changed("EmbeddingW8", rng, ids=np.array([[10, 0, -1]])))
+    assert np.isnan(rows).all(axis=-1).tolist() == [[True, False, True]]
+
+
+def test_what_the_kernels_have_not(rng: np.random.Generator) -> None:
+    values = arguments("LinearW8A8_split_s8", rng)
+    for name in ("x_split", "w_split"):
+        values[name] = np.repeat(values[name], 40, axis=-1)
+    with pytest.raises(Exception, match=r"w_split .* has to be of rank 64 at most on a GPU"):
+        run({"LinearW8A8_split_s8": values})
+    factor = hadamard_factors(344)[0].numpy().astype(np.float32) / np.float32(344**0.5)
+    x = cases.floats(rng, 1, 344)
+    with pytest.raises(Exception, match="dense factor of order 344, at most 160"):
+        run({"Hadamard_f1": {"x": x, "factor0": factor}})
+    values = cases.arguments("Attention", rng)
+    with pytest.raises(Exception, match="value_cache .* wanted the shape of key_cache"):
+        run({"Attention": values})
+    with pytest.raises(Exception, match=r"qweight .* has to be an initializer"):
+        session(model_of({"LinearW8A8_s8": arguments("LinearW8A8_s8", rng)}, constants=()))
