@@ -1,6 +1,7 @@
 """Time the native CPU linears against the processor's ceilings and other kernels, in one run.
 
     .venv/bin/python tools/bench_linear.py [--isa avx512vnni] [--rows 1,16,128] [--json FILE]
+    .venv/bin/python tools/bench_linear.py --floats --group 128 --peers --rows 1,128
 
 Kernels take turns (interleaved rounds), medians are reported. Weights are cold (copies in turn),
 except beside other kernels (``--peers``), which have one copy: then all are warm. Ceilings are
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mqc.backends.onnx.kernels import Array, Kernels, PackedLinear
+from mqc.backends.onnx.kernels import Array, Call, FloatCall, Kernels, PackedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "native" / "backends" / "onnx" / "native" / "libmqc_cpu.so"
@@ -70,14 +71,18 @@ class Case:
         self.bytes = first.weight.size + first.w_scale.nbytes
         self.stored, self.scale = stored, scale
 
-    def run(self, m: int, threads: int) -> Run:
+    def run(self, m: int, threads: int, floats: bool = False) -> Run:
         """A function of the round: y of m rows, on the next copy of the weights."""
         xq = np.random.default_rng(1).integers(1, 256, (m, self.k)).astype(np.uint8)
         y = huge(m * self.n * 4).view(np.float32)
         x_scale = np.ones(1, np.float32)
-        calls = [self.kernels.call(p, xq, y, x_scale=x_scale) for p in self.linears]
-        size = self.kernels.library.mqc_linear_workspace_bytes(ctypes.byref(calls[0]), threads)
-        workspace = huge(size)
+        calls: list[Call | FloatCall]
+        if floats:
+            x = xq.astype(np.float32) - np.float32(128)
+            calls = [self.kernels.float_call(p, x, y) for p in self.linears]
+        else:
+            calls = [self.kernels.call(p, xq, y, x_scale=x_scale) for p in self.linears]
+        workspace = huge(self.kernels.workspace_bytes(calls[0], threads))
         for call in calls:
             call.workspace = workspace.ctypes.data
         pool = self.kernels.threads(threads)
@@ -89,8 +94,11 @@ class Case:
         return run
 
 
-def matmul_nbits(case: Case, m: int, threads: int, group: int) -> Run | None:
-    """onnxruntime's int4 product with int8 activations made on the fly; None where not there."""
+def matmul_nbits(case: Case, m: int, threads: int, group: int, level: int) -> Run | None:
+    """onnxruntime's int4 product; None where not there.
+
+    Level 4: int8 activations made on the fly; 1: float32.
+    """
     try:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
@@ -101,7 +109,8 @@ def matmul_nbits(case: Case, m: int, threads: int, group: int) -> Run | None:
     blocks = case.k // group
     weight = case.stored.reshape(case.n, blocks, group // 2)
     scale = np.repeat(case.scale[:, :1], blocks, axis=1).reshape(-1)
-    attributes = {"K": case.k, "N": case.n, "bits": 4, "block_size": group, "accuracy_level": 4}
+    attributes = {"K": case.k, "N": case.n, "bits": 4, "block_size": group}
+    attributes["accuracy_level"] = level
     node = helper.make_node(
         "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **attributes
     )
@@ -163,11 +172,14 @@ def measure(kernels: Kernels, options: argparse.Namespace) -> list[dict[str, Any
         case = Case(kernels, n, k, options)
         for m in options.rows:
             for threads in options.threads:
-                runs = {"mqc": case.run(m, threads)}
-                if options.peers and options.bits == 4:
-                    peer = matmul_nbits(case, m, threads, options.group or 128)
+                runs = {
+                    "mqc floats" if options.floats else "mqc": case.run(m, threads, options.floats)
+                }
+                levels = {"MatMulNBits": 4} | ({"MatMulNBits f32": 1} if options.floats else {})
+                for name, level in levels.items() if options.peers and options.bits == 4 else ():
+                    peer = matmul_nbits(case, m, threads, options.group or 128, level)
                     if peer is not None:
-                        runs["MatMulNBits"] = peer
+                        runs[name] = peer
                 ceiling = kernels.library.mqc_probe_dot(_INT64(2_000_000)) * threads
                 rate = read_rate(kernels, threads, memory) if m <= 16 else 0.0
                 times = interleaved(runs, options.seconds)
@@ -197,7 +209,7 @@ def show(row: dict[str, Any]) -> None:
     part = row["gops"] / row["ceiling_gops"] if row["ceiling_gops"] else 0.0
     read = row["weight_gb_per_s"] / row["read_gb_per_s"] if row["read_gb_per_s"] else 0.0
     print(
-        f"{row['kernel']:12} {row['isa']:11} k={row['k']} n={row['n']} m={row['m']:<5} "
+        f"{row['kernel']:15} {row['isa']:11} k={row['k']} n={row['n']} m={row['m']:<5} "
         f"{row['threads']}T {row['microseconds']:10.1f} us {row['gops']:7.1f} GOP/s "
         f"{part:5.1%} of {row['ceiling_gops']:.0f}"
         + (f", {row['weight_gb_per_s']:.1f} GB/s {read:.0%} of a read" if read else ""),
@@ -229,6 +241,7 @@ def main() -> None:
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--bits", type=int, default=4, choices=[4, 8])
     parser.add_argument("--group", type=int, default=0, help="group size; 0 = per channel")
+    parser.add_argument("--floats", action="store_true", help="float activations: weight-only")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row and kernel")
     parser.add_argument("--peers", action="store_true", help="measure other kernels too")
     parser.add_argument("--json", type=Path)

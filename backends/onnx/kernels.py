@@ -77,6 +77,25 @@ class Call(ctypes.Structure):
     )
 
 
+class FloatCall(ctypes.Structure):
+    """mqc_float_linear_call."""
+
+    _fields_ = (
+        ("shape", Shape),
+        ("m", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("w_scale", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("split", ctypes.c_int64),
+        ("x_split", ctypes.c_void_p),
+        ("w_split", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
 def aligned(shape: tuple[int, ...], dtype: Any, guard: int = 0) -> Array:
     """An uninitialized array at a multiple of 64 bytes, with ``guard`` bytes of 0xA5 behind it."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -116,8 +135,9 @@ class Kernels:
                 f"the kernel library {path} cannot be loaded: {error}",
                 hint="build it: `make native`",
             ) from error
-        for name in ("mqc_linear_packed_bytes", "mqc_columns_count", "mqc_linear_workspace_bytes"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        for name in ("linear_packed_bytes", "columns_count", "linear_workspace_bytes"):
+            getattr(self.library, f"mqc_{name}").restype = ctypes.c_int64
+        self.library.mqc_float_linear_workspace_bytes.restype = ctypes.c_int64
         self.library.mqc_isa.restype = ctypes.c_char_p
         self.library.mqc_status_text.restype = ctypes.c_char_p
         self.library.mqc_probe_dot.restype = ctypes.c_double
@@ -218,9 +238,37 @@ class Kernels:
         threads.keep = callback
         return threads
 
-    def run(self, call: Call, threads: Threads) -> None:
-        """mqc_linear."""
-        self.check(self.library.mqc_linear(ctypes.byref(call), ctypes.byref(threads)))
+    def float_call(
+        self, linear: PackedLinear, x: Array, y: Array, **optional: Array | None
+    ) -> FloatCall:
+        """Arguments of a call with float activations. It keeps the arrays alive.
+
+        Args:
+            x: float32 [..., K], contiguous.
+            y: float32 [..., N], written.
+            optional: bias, x_split, w_split (columns form), residual, workspace.
+        """
+        call = FloatCall(shape=linear.shape, m=x.size // linear.shape.k)
+        call.packed, call.w_scale = _address(linear.weight), _address(linear.w_scale)
+        call.x, call.y = _address(x), _address(y)
+        x_split = optional.get("x_split")
+        call.split = x_split.shape[-1] if x_split is not None else 0
+        for name, array in optional.items():
+            setattr(call, name, _address(array) if array is not None else None)
+        call.arrays = (linear, x, y, optional)
+        return call
+
+    def run(self, call: Call | FloatCall, threads: Threads) -> None:
+        """mqc_linear, or mqc_float_linear."""
+        floats = isinstance(call, FloatCall)
+        function = self.library.mqc_float_linear if floats else self.library.mqc_linear
+        self.check(function(ctypes.byref(call), ctypes.byref(threads)))
+
+    def workspace_bytes(self, call: Call | FloatCall, threads: int) -> int:
+        """Bytes of scratch memory for a call on that many threads."""
+        name = "float_linear" if isinstance(call, FloatCall) else "linear"
+        function = getattr(self.library, f"mqc_{name}_workspace_bytes")
+        return self.check(function(ctypes.byref(call), threads))
 
 
 def _address(array: Array) -> ctypes.c_void_p:

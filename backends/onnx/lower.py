@@ -2,7 +2,7 @@
 
 None changes what is computed: activations are quantized to the unsigned form (onnxruntime has no
 fast path for signed ones), integer linears have a batch axis (without one it computes them in
-float), counts of visual rows become one shared mask, weights of integer linears are stored in the
+float), counts of visual rows become one shared mask, integer weights of linears are stored in the
 layout of the native kernels, which then read them where the file is mapped into memory, weights of
 float linears are stored transposed (``MatMul`` takes them as they are), and keys and values
 repeated for grouped attention are not.
@@ -31,6 +31,10 @@ aten = torch.ops.aten
 
 _BITS = {torch.ops.mqc.linear_w4a8.default: 4, torch.ops.mqc.linear_w8a8.default: 8}
 _INTEGER_LINEARS = tuple(_BITS)
+_STORED_BITS = _BITS | {
+    torch.ops.mqc.linear_w4a16.default: 4,
+    torch.ops.mqc.linear_w8a16.default: 8,
+}
 _QUANTIZERS: dict[Any, tuple[int, int]] = {
     torch.ops.mqc.quantize_static.default: (2, 3),
     torch.ops.mqc.rms_norm_quantize.default: (3, 5),
@@ -185,10 +189,10 @@ def _row_mask(graph: fx.Graph, count: fx.Node, source: fx.Node, tokens: Any) -> 
 
 
 def _pack_weights(component: Component, params: ParamStore) -> int:
-    """Weights of integer linears to layout C16K4, where it holds their input channels."""
+    """Integer weights of linears to layout C16K4, where it holds their input channels."""
     graph, count = component.graph, 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _BITS:
+        if node.op != "call_function" or node.target not in _STORED_BITS:
             continue
         weight, scale = node.args[1], tensor_type(node.args[2])
         if weight.op != "get_attr" or tensor_type(weight).rank != 2:
@@ -198,7 +202,7 @@ def _pack_weights(component: Component, params: ParamStore) -> int:
             groups = int(scale.shape[1])
         if not isinstance(k, int) or not fits_c16k4(k, groups):
             continue
-        bits = _BITS[node.target]
+        bits = _STORED_BITS[node.target]
         name = f"{weight.target}.{LAYOUT}" + (f".{groups}" if groups > 1 else "")
         if name not in params:
             params[name] = _packed(params, str(weight.target), k, groups, bits)

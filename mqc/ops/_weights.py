@@ -114,6 +114,11 @@ def odd_flag(x_name: str, arguments: Arguments) -> tuple[str, ...]:
     return ("odd",) if int(arguments[x_name].shape[-1]) % 2 else ()
 
 
+def layout_flag(arguments: Arguments) -> tuple[str, ...]:
+    """("c16k4",) where the weight is in that layout."""
+    return ("c16k4",) if in_tiles(arguments["qweight"]) else ()
+
+
 def term_inputs(flags: Sequence[str]) -> tuple[str, ...]:
     """Trailing inputs of a variant."""
     bias = ("bias",) if "bias" in flags else ()

@@ -15,9 +15,12 @@ from mqc.ops._weights import (
     compute_dtype,
     grouped_weight_body,
     groups_of,
+    in_tiles,
+    layout_flag,
     odd_flag,
     term_inputs,
     terms_body,
+    tiled_int8,
     weight_body,
     weight_flags,
     weight_int8,
@@ -42,7 +45,8 @@ def _linear(
     Computed in float32, or float64 for a float64 x; the residual is added last, in x's dtype.
 
     Args:
-        packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K].
+        packed: qweight is packed int4 (uint8 [N, ceil(K/2)]), else int8 [N, K]; either may be in
+            layout C16K4 instead (:mod:`mqc.numerics.packing`).
         residual: [..., N] in x's dtype.
         x: float [..., K].
         w_scale: [N] or [N, G].
@@ -50,9 +54,12 @@ def _linear(
     Raises:
         UsageError: on dtypes or shapes that do not fit.
     """
-    k, n = x.shape[-1], qweight.shape[0]
-    dtype = compute_dtype(x.dtype)
-    weight = weight_int8(qweight, k, packed).to(dtype)
+    k, dtype = x.shape[-1], compute_dtype(x.dtype)
+    if in_tiles(qweight):
+        weight = tiled_int8(qweight, w_scale, k, packed).to(dtype)
+    else:
+        weight = weight_int8(qweight, k, packed).to(dtype)
+    n = weight.shape[0]
     groups = groups_of(w_scale, n, k)
     scale = w_scale.to(dtype).reshape(n, groups, 1)
     weight = (weight.reshape(n, groups, -1) * scale).reshape(n, k)
@@ -70,11 +77,12 @@ def fake(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Shape function: x's rows times N, x's dtype."""
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]))
 
 
 def _flags(packed: bool, arguments: Arguments) -> tuple[str, ...]:
-    return weight_flags(arguments) + (odd_flag("x", arguments) if packed else ())
+    odd = odd_flag("x", arguments) if packed else ()
+    return weight_flags(arguments) + odd + layout_flag(arguments)
 
 
 def _inputs(flags: Sequence[str]) -> tuple[str, ...]:

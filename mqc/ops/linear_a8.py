@@ -20,6 +20,7 @@ from mqc.ops._weights import (
     grouped_weight_body,
     groups_of,
     in_tiles,
+    layout_flag,
     odd_flag,
     term_inputs,
     terms_body,
@@ -120,8 +121,8 @@ def fake(
 def _flags(packed: bool, arguments: Arguments) -> tuple[str, ...]:
     signed = () if str(arguments["xq"].dtype) == "UINT8" else ("s8",)
     odd = odd_flag("xq", arguments) if packed else ()
-    layout = ("c16k4",) if in_tiles(arguments["qweight"]) else ()
-    return modality_flag("x_scale", arguments) + weight_flags(arguments) + odd + signed + layout
+    flags = modality_flag("x_scale", arguments) + weight_flags(arguments) + odd + signed
+    return flags + layout_flag(arguments)
 
 
 def _inputs(flags: Sequence[str]) -> tuple[str, ...]:

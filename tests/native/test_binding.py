@@ -42,6 +42,11 @@ VARIANTS = {
         *combine(["LinearW4A8"], MODALITY, *TERMS, ["", "s8"], ["c16k4"]),
     ],
     "LinearW8A8": combine(["LinearW8A8"], MODALITY, *TERMS, ["", "s8"], ["", "c16k4"]),
+    "LinearW4A16": [
+        *combine(["LinearW4A16"], *TERMS, ["", "odd"]),
+        *combine(["LinearW4A16"], *TERMS, ["c16k4"]),
+    ],
+    "LinearW8A16": combine(["LinearW8A16"], *TERMS, ["", "c16k4"]),
     "QuantizeStatic": combine(["QuantizeStatic"], MODALITY, FORM),
     "RmsNormQuantize": combine(["RmsNormQuantize"], MODALITY, FORM, SPLIT),
     "ActivationQuantize": combine(
@@ -50,6 +55,10 @@ VARIANTS = {
     "Hadamard": combine(["Hadamard"], FACTORS),
     "EmbeddingW8": ["EmbeddingW8"],
     "RankUpdate": ["RankUpdate"],
+    "TokenOrder": ["TokenOrder"],
+    "TakeTokens": ["TakeTokens", "TakeTokens_last"],
+    "TakeKeys": ["TakeKeys"],
+    "RotaryAngles": ["RotaryAngles", "RotaryAngles_axes"],
     "Attention": [
         *combine(["Attention"], ["", "packed"]),
         *combine(["Attention"], ["", "packed"], ["half", "interleaved"], ["", "partial"]),
@@ -89,7 +98,7 @@ def two_scales(flags: list[str]) -> np.ndarray:
 
 
 def linear(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
-    k, bits = 15 if "odd" in flags else 24, 4 if op == "LinearW4A8" else 8
+    k, bits = 15 if "odd" in flags else 24, 4 if "W4" in op else 8
     q = rng.integers(-8, 8, (N, k)) if bits == 4 else rng.integers(-127, 128, (N, k))
     weight = torch.from_numpy(q.astype(np.int8))
     xq = rng.integers(-127, 128, (B, S, k))
@@ -98,6 +107,7 @@ def linear(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
     if "c16k4" in flags:
         stored = pack_c16k4(weight, 3 if "group" in flags else 1, bits)
     return {
+        "x": floats(rng, B, S, k),
         "xq": xq.astype(np.int8) if s8 else (xq + 128).astype(np.uint8),
         "qweight": stored.numpy(),
         "w_scale": rng.uniform(0.1, 1, (N, 3) if "group" in flags else N).astype(np.float32),
@@ -174,11 +184,27 @@ def attention_full(rng: np.random.Generator, op: str, flags: list[str]) -> Value
     }
 
 
+def order(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
+    x = rng.integers(0, 99, (3, B, S)) if "last" in flags else floats(rng, B, S, N)
+    freq = floats(rng, N // 2)
+    several = "axes" in flags
+    return {
+        "modality": rng.integers(0, 2, (B, S)).astype(bool),
+        "x": x,
+        "order": np.stack([rng.permutation(S) for _ in range(B)]),
+        "mask": rng.integers(0, 2, (B, 2, S, S + 4)).astype(bool),
+        "past": np.array([3]),
+        "positions": rng.integers(0, 4000, (3, B, S) if several else (B, S)),
+        "freq": np.concatenate([freq, freq]) if several else floats(rng, N),
+        "axes": np.array([2, 0, 1, 2, 0, 1]),
+    }
+
+
 MAKERS: dict[str, Callable[[np.random.Generator, str, list[str]], Values]] = {
-    "LinearW4A8": linear,
-    "LinearW8A8": linear,
+    **dict.fromkeys(("LinearW4A8", "LinearW8A8", "LinearW4A16", "LinearW8A16"), linear),
     "EmbeddingW8": embedding,
     "RankUpdate": rank_update,
+    **dict.fromkeys(("TokenOrder", "TakeTokens", "TakeKeys", "RotaryAngles"), order),
     "Attention": attention,
     "AttentionFull": attention_full,
 }
@@ -198,6 +224,15 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
 }
 
 
+RESULTS = {
+    **{f"TokenOrder:{name}": TensorProto.INT64 for name in ("order", "place", "count")},
+    "TokenOrder:visual": TensorProto.BOOL,
+    "TakeTokens_last:y": TensorProto.INT64,
+    "TakeKeys:y": TensorProto.BOOL,
+}
+"""Outputs that are neither quantized nor float."""
+
+
 def model_of(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) -> onnx.ModelProto:
     """One node an op type; what is no constant is an input of the graph, of any shape."""
     nodes, inputs, outputs, initializers = [], [], [], []
@@ -214,7 +249,7 @@ def model_of(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) ->
         quantized = TensorProto.UINT8 if "u8" in flags else TensorProto.INT8
         for name in made:
             is_quantized = name.endswith(":xq") or op == "QuantizeStatic"
-            kind = quantized if is_quantized else TensorProto.FLOAT
+            kind = quantized if is_quantized else RESULTS.get(name, TensorProto.FLOAT)
             outputs.append(helper.make_tensor_value_info(name, kind, None))
         attributes = ATTRIBUTES.get(op, {})
         if op in ("Hadamard", "ActivationQuantize"):
@@ -239,7 +274,7 @@ def feeds(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) -> Va
 
 
 def test_operators_of_the_library_are_operators_of_mqc() -> None:
-    """Others run by their bodies, weight-only linears for one."""
+    """Others run by their bodies."""
     assert set(VARIANTS) < {op.onnx.name for op in mqc.ops.OPS.values()}
 
 
@@ -262,7 +297,7 @@ def test_kernels_equal_bodies(op: str, threads: int, rng: np.random.Generator) -
             assert left.dtype == right.dtype and left.shape == right.shape, name
             if left.dtype == np.float32:
                 assert native.relative(left, right) <= 2e-6, name
-            elif op == "QuantizeStatic":
+            elif op == "QuantizeStatic" or name in RESULTS:
                 assert np.array_equal(left, right), name
             else:
                 assert native.steps_apart(left, right) <= 1, name
@@ -285,7 +320,7 @@ def resident(kind: str) -> int:
     return total // 1024
 
 
-@pytest.mark.parametrize("op_type", ["LinearW4A8_c16k4", "LinearW8A8_c16k4"])
+@pytest.mark.parametrize("op_type", ["LinearW4A8_c16k4", "LinearW8A8_c16k4", "LinearW4A16_c16k4"])
 def test_weights_are_read_from_the_mapped_file(
     op_type: str, rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -295,17 +330,19 @@ def test_weights_are_read_from_the_mapped_file(
     bits, (n, k) = (4, (6144, 8192)) if "W4" in op_type else (8, (3072, 8192))
     weight = torch.from_numpy(rng.integers(-8, 8, (n, k), dtype=np.int8))
     x = rng.integers(0, 256, (1, 1, k), dtype=np.uint8)
-    values = {
+    every = {
         "xq": x,
+        "x": x.astype(np.float32) - 128,
         "qweight": pack_c16k4(weight, 1, bits).numpy(),
         "w_scale": np.ones(n, np.float32),
         "x_scale": np.ones(1, np.float32),
     }
+    values = {name: every[name] for name in variant_inputs(op_type)}
     model, path, name = model_of({op_type: values}), tmp_path / "m.onnx", f"{op_type}.data"
     onnx.save_model(model, path, save_as_external_data=True, location=name)
     given = feeds({op_type: values})
-    want = (x[0].astype(np.float32) - 128) @ weight.numpy().astype(np.float32).T  # sums below 2^24
-    del values["qweight"], weight, model
+    want = every["x"][0] @ weight.numpy().astype(np.float32).T  # sums below 2^24
+    del values["qweight"], every, weight, model
     small = arguments(op_type, rng)  # the first session also registers all operators
     native.session(model_of({op_type: small}).SerializeToString(), native=True)
     before = resident("RssAnon")
@@ -390,6 +427,8 @@ FUZZED = [
     "LinearW8A8_split_group",
     "LinearW4A8_mask_bias_split_group_c16k4",
     "LinearW8A8_residual_s8_c16k4",
+    "LinearW4A16_bias_split_residual_c16k4",
+    "LinearW4A16_group_odd",
     "QuantizeStatic_mask",
     "QuantizeStatic_count_u8",
     "RmsNormQuantize_count_split",
@@ -408,6 +447,7 @@ VALID = {
     "LinearW4A8_count_bias_group_s8": ("xq", "w_scale"),
     "LinearW4A8_odd": ("xq",),
     "LinearW8A8_split_group": ("w_scale",),
+    "LinearW4A16_group_odd": ("x", "w_scale"),
     "QuantizeStatic_mask": ("x",),
     "QuantizeStatic_count_u8": ("x",),
     "RmsNormQuantize_count_split": ("x", "split"),

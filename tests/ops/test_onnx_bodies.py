@@ -27,7 +27,7 @@ def variants(op: str) -> list[str]:
         ["", "group"],
         ["", "odd"] if packed else [""],
         ["", "s8"] if integer else [""],
-        ["", "c16k4"] if integer else [""],
+        ["", "c16k4"],
     ]
     kinds = [flags for flags in itertools.product(*choices) if not {"odd", "c16k4"} <= set(flags)]
     return ["_".join([op, *filter(None, flags)]) for flags in kinds]

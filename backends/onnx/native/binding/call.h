@@ -84,5 +84,6 @@ class Kernel {
 Kernel* make_layer(const Variant& variant, const Ort::ConstKernelInfo& info);
 // threads: of the session, as far as known.
 Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads);
+Kernel* make_float_linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads);
 
 }  // namespace mqc_onnx

@@ -62,20 +62,26 @@ void add(std::vector<Variant>& all, const char* name, const std::vector<Choices>
     }
 }
 
-void add_linear(std::vector<Variant>& all, bool packed) {
+void add_linear(std::vector<Variant>& all, bool packed, bool floats) {
     // The reference layout of older files (odd: with a padding nibble), or the kernels' own.
     const Choices odd = packed ? Choices{"", "odd"} : Choices{""};
-    const std::vector<Choices> terms = {{"", "mask", "count"}, {"", "bias"}, {"", "split"},
-                                        {"", "residual"},      {"", "group"}};
+    const Choices modality = floats ? Choices{""} : Choices{"", "mask", "count"};
+    const Choices sign = floats ? Choices{""} : Choices{"", "s8"};
+    const std::vector<Choices> terms = {
+        modality, {"", "bias"}, {"", "split"}, {"", "residual"}, {"", "group"}};
     std::vector<Choices> reference = terms, own = terms;
-    reference.insert(reference.end(), {odd, {"", "s8"}});
-    own.insert(own.end(), {{"", "s8"}, {"c16k4"}});
+    reference.insert(reference.end(), {odd, sign});
+    own.insert(own.end(), {sign, {"c16k4"}});
+    const std::string name = std::string(packed ? "LinearW4" : "LinearW8") + (floats ? "A16" : "A8");
     for (const std::vector<Choices>& choices : {reference, own})
-        add(all, packed ? "LinearW4A8" : "LinearW8A8", choices, [packed](Variant& v) {
-            v.inputs = {{"xq", v.has("s8") ? I8 : U8},
-                        {"qweight", packed || v.has("c16k4") ? U8 : I8},
-                        {"w_scale", F32},
-                        {"x_scale", F32}};
+        add(all, name.c_str(), choices, [packed, floats](Variant& v) {
+            if (floats)
+                v.inputs = {{"x", F32}};
+            else
+                v.inputs = {{"xq", v.has("s8") ? I8 : U8}};
+            v.inputs.push_back({"qweight", packed || v.has("c16k4") ? U8 : I8});
+            v.inputs.push_back({"w_scale", F32});
+            if (!floats) v.inputs.push_back({"x_scale", F32});
             add_modality(v);
             if (v.has("bias")) v.inputs.push_back({"bias", F32});
             if (v.has("split")) {
@@ -90,8 +96,8 @@ void add_linear(std::vector<Variant>& all, bool packed) {
 std::vector<Variant> make() {
     std::vector<Variant> all;
     const Choices modality = {"", "mask", "count"}, form = {"", "u8"}, split = {"", "split"};
-    add_linear(all, true);
-    add_linear(all, false);
+    for (const bool packed : {true, false})
+        for (const bool floats : {false, true}) add_linear(all, packed, floats);
     add(all, "QuantizeStatic", {modality, form}, [](Variant& v) {
         v.inputs = {{"x", F32}, {"scale", F32}};
         add_modality(v);

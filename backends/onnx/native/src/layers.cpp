@@ -49,6 +49,9 @@ const Copy& current() {
 const Table& table() { return *current().table; }
 
 }  // namespace
+
+const FloatKernel& float_kernel() { return *table().float_kernel; }
+
 }  // namespace mqc
 
 using mqc::table;

@@ -12,6 +12,8 @@ struct mqc_hadamard_plan {
 
 namespace mqc {
 
+struct FloatKernel;  // simd/float_linear.h
+
 // Sizes of the Hadamard transform's scratch, the same for all copies.
 constexpr int64_t kMaxTile = 64;
 constexpr int64_t kTables = 7;  // look-up tables at a time: as many as the first cache holds
@@ -34,7 +36,10 @@ struct Table {
                              int64_t);
     void (*attention_combine)(const mqc_attention*, const mqc_attention_plan*, const float*,
                               int64_t);
+    const FloatKernel* float_kernel;
 };
+
+const FloatKernel& float_kernel();  // of the copy in use
 
 #define MQC_DECLARE_COPY(isa)                                                                     \
     namespace isa {                                                                               \
@@ -55,6 +60,7 @@ struct Table {
                           int64_t);                                                               \
     void attention_combine(const mqc_attention*, const mqc_attention_plan*, const float*,         \
                            int64_t);                                                              \
+    extern const FloatKernel float_kernel;                                                        \
     extern const Table table;                                                                     \
     }
 
