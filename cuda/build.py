@@ -127,7 +127,7 @@ def build(out: Path, work: Path, *, jobs: int | None = None, nvcc: Path | None =
 
 
 def _weight(source: Path) -> int:
-    return 2 if source.stem == "linear_wgmma" else 1 if source.stem.startswith("linear_") else 0
+    return 2 if source.stem == "linear_wgmma" else 1 if source.stem.startswith("linear_mma") else 0
 
 
 _KERNEL = re.compile(

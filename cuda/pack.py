@@ -3,11 +3,12 @@
 Weights are the left operand of the matrix instructions: a tile of 64 channels x 128 inputs is
 stored in the order in which the 128 threads of four warps hold it in registers, so one packed
 copy serves ``mma.m16n8k32`` (sm_80 on) and ``wgmma.m64nNk32`` (sm_90a). Both sizes are padded with
-zeros.
+zeros. Where groups of inputs have scales, a tile's stand behind its values.
 """
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import torch
@@ -26,24 +27,84 @@ class Layout(IntEnum):
 
     W4_64X128 = 1
     W8_64X128 = 2
+    W4_64X128_G32 = 3
+    W4_64X128_G64 = 4
+    W4_64X128_G128 = 5
 
     @property
     def bits(self) -> int:
         """Bits of a stored weight."""
-        return 4 if self is Layout.W4_64X128 else 8
+        return 8 if self is Layout.W8_64X128 else 4
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0: all of a channel's."""
+        return _GROUPS.get(self, 0)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a tile's integers."""
+        return TILE_CHANNELS * TILE_INPUTS * self.bits // 8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile: integers, then the float32 scales of its groups."""
+        scales = TILE_INPUTS // self.group * TILE_CHANNELS * 4 if self.group else 0
+        return self.value_bytes + scales
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of a packed [n, k] weight."""
-        tiles = -(-n // TILE_CHANNELS) * -(-k // TILE_INPUTS)
-        return tiles * TILE_CHANNELS * TILE_INPUTS * self.bits // 8
+        return -(-n // TILE_CHANNELS) * -(-k // TILE_INPUTS) * self.tile_bytes
 
 
-def pack_weight(q: Tensor, layout: Layout) -> Tensor:
+_GROUPS = {Layout.W4_64X128_G32: 32, Layout.W4_64X128_G64: 64, Layout.W4_64X128_G128: 128}
+
+
+def layout_for(bits: int, group: int = 0) -> Layout | None:
+    """The layout of weights of ``bits`` (4 or 8) with a scale for every ``group`` inputs (0: one a
+    channel), or None. Groups that no layout has are taken in equal parts of one that has."""
+    part = math.gcd(group, TILE_INPUTS)
+    for layout in Layout:
+        if (layout.bits, layout.group) == (bits, part if group else 0):
+            return layout
+    return None
+
+
+def pack_weight(q: Tensor, layout: Layout, scales: Tensor | None = None) -> Tensor:
     """Pack an integer weight [N, K] (int8) for the kernels: uint8 [layout.nbytes(N, K)].
 
+    Args:
+        q: values that the layout's bits hold.
+        layout: of the result.
+        scales: float32 [N, K / layout.group] where the layout has groups, else None.
+
     Raises:
-        UsageError: on another dtype or rank, or values that the layout's bits do not hold.
+        UsageError: on another dtype or rank, values out of range, or scales that do not fit.
     """
+    values = _pack_values(q, layout)
+    n, k = q.shape
+    if layout.group == 0 or scales is None:
+        if layout.group or scales is not None:
+            raise UsageError(f"layout {layout.name} and scales of groups do not go together")
+        return values
+    if scales.shape != (n, -(-k // layout.group)) or k % layout.group:
+        raise UsageError(
+            f"scales {tuple(scales.shape)} do not fit a weight [{n}, {k}] with one for every "
+            f"{layout.group} inputs"
+        )
+    in_tile = TILE_INPUTS // layout.group
+    wide = torch.nn.functional.pad(
+        scales.to(torch.float32), (0, -scales.shape[1] % in_tile, 0, -n % TILE_CHANNELS)
+    )
+    # [channel tile, channel, input tile, group] -> by tile: groups, then channels
+    tiles = wide.reshape(-1, TILE_CHANNELS, wide.shape[1] // in_tile, in_tile).permute(0, 2, 3, 1)
+    behind = (
+        tiles.contiguous().view(torch.uint8).reshape(-1, layout.tile_bytes - layout.value_bytes)
+    )
+    return torch.cat((values.reshape(-1, layout.value_bytes), behind), dim=1).flatten()
+
+
+def _pack_values(q: Tensor, layout: Layout) -> Tensor:
     if q.dtype != torch.int8 or q.dim() != 2 or 0 in q.shape:
         raise UsageError(f"a weight to pack is int8 [N, K], got {q.dtype} {tuple(q.shape)}")
     low, high = (-8, 7) if layout.bits == 4 else (-127, 127)
@@ -78,8 +139,9 @@ def unpack_weight(packed: Tensor, layout: Layout, n: int, k: int) -> Tensor:
             f"got {packed.dtype} [{packed.numel()}]"
         )
     tiles, inputs = -(-n // TILE_CHANNELS), -(-k // TILE_INPUTS)
+    packed = packed.reshape(-1, layout.tile_bytes)[:, : layout.value_bytes]
     if layout.bits == 8:
-        parts = packed.view(torch.int8).reshape(tiles, inputs, 4, 4, 8, 4, 2, 2, 4)
+        parts = packed.contiguous().view(torch.int8).reshape(tiles, inputs, 4, 4, 8, 4, 2, 2, 4)
         parts = parts.permute(0, 3, 7, 4, 1, 2, 6, 5, 8)
     else:
         pairs = packed.reshape(tiles, inputs, 2, 4, 8, 4, 2, 2, 4)
@@ -91,16 +153,35 @@ def unpack_weight(packed: Tensor, layout: Layout, n: int, k: int) -> Tensor:
     return q[:n, :k].contiguous()
 
 
-def pack_linear(qweight: Tensor, k: int) -> tuple[Tensor, Layout]:
+def unpack_scales(packed: Tensor, layout: Layout, n: int, k: int) -> Tensor:
+    """The float32 [n, k / layout.group] scales in a packed weight of a layout with groups."""
+    tiles, inputs = -(-n // TILE_CHANNELS), -(-k // TILE_INPUTS)
+    behind = packed.reshape(-1, layout.tile_bytes)[:, layout.value_bytes :].contiguous()
+    scales = behind.view(torch.float32).reshape(tiles, inputs, -1, TILE_CHANNELS)
+    rows = scales.permute(0, 3, 1, 2).reshape(tiles * TILE_CHANNELS, -1)
+    return rows[:n, : k // layout.group].contiguous()
+
+
+def pack_linear(qweight: Tensor, k: int, scales: Tensor | None = None) -> tuple[Tensor, Layout]:
     """Pack the stored weight of ``mqc::linear_w4a8`` (uint8) or ``linear_w8a8`` (int8).
 
     Args:
         qweight: uint8 [N, ceil(k/2)] (two int4 a byte) or int8 [N, k].
         k: number of inputs.
+        scales: float [N, groups] of a weight with groups, or None: they are no part of the result.
+
+    Raises:
+        UsageError: for groups that no layout has.
     """
-    if qweight.dtype == torch.uint8:
-        return pack_weight(unpack_int4(qweight, k), Layout.W4_64X128), Layout.W4_64X128
-    return pack_weight(qweight, Layout.W8_64X128), Layout.W8_64X128
+    q = unpack_int4(qweight, k) if qweight.dtype == torch.uint8 else qweight
+    bits = 4 if qweight.dtype == torch.uint8 else 8
+    group = 0 if scales is None else k // scales.shape[1]
+    layout = layout_for(bits, group)
+    if layout is None:
+        raise UsageError(f"no kernel takes {bits}-bit weights with scales of {group} inputs")
+    if scales is not None:
+        scales = scales.repeat_interleave(group // layout.group, dim=1)
+    return pack_weight(q, layout, scales), layout
 
 
 def hadamard_table(base: int) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mqc.backends.cuda.ops import apply_unpacked
-from mqc.cuda.pack import Layout, unpack_weight
+from mqc.backends.cuda.ops import apply_unpacked, unpack
+from mqc.cuda.pack import Layout
 from mqc.ops._heads import rotate
 from mqc.ops.attention import heads_of
 
@@ -181,7 +181,7 @@ class ReferenceKernels:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self._unpacked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unpacked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def linear(
         self,
@@ -200,11 +200,10 @@ class ReferenceKernels:
         """See :class:`Kernels`."""
         kept = self._unpacked.get(id(weight))
         if kept is None or kept[0] is not weight:
-            n, k = w_scale.shape[0], xq.shape[-1]
-            kept = (weight, unpack_weight(weight, Layout(layout), n, k))
+            kept = (weight, *unpack(weight, w_scale, Layout(layout), xq.shape[-1]))
             self._unpacked[id(weight)] = kept
         terms = (bias, x_split, w_split, residual)
-        out.copy_(apply_unpacked(xq, kept[1], w_scale, x_scale, modality, *terms, out.dtype))
+        out.copy_(apply_unpacked(xq, *kept[1:], x_scale, modality, *terms, out.dtype))
 
     def rms_norm_quantize(
         self,

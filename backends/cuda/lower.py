@@ -13,7 +13,7 @@ from torch import fx
 
 from mqc.backends.cuda.half import to_half
 from mqc.backends.cuda.ops import LINEAR
-from mqc.cuda.pack import Layout, pack_linear
+from mqc.cuda.pack import Layout, layout_for, pack_linear
 from mqc.errors import TargetError
 from mqc.ir import Component, Program, TensorType, verify
 from mqc.ir.edit import (
@@ -86,25 +86,27 @@ def _pack_linears(program: Program, component: Component, counts: Counter[str]) 
         if node.target not in _INTEGER:
             continue
         weight, scale = node.args[1], node.args[2]
-        name = str(node.meta.get("layer") or weight.target)
-        if tensor_type(scale).rank != 1:
-            raise TargetError(
-                f"{name} has one weight scale per group of inputs; the CUDA kernels take one per "
-                "output channel",
-                hint="compile without group_size, or for another target",
-            )
         k = tensor_type(node.args[0]).shape[-1]
         n = tensor_type(scale).shape[0]
         assert isinstance(k, int) and isinstance(n, int)
-        layout = Layout.W4_64X128 if _INTEGER[node.target] == 4 else Layout.W8_64X128
-        packed = f"{weight.target}.packed"
+        name = str(node.meta.get("layer") or weight.target)
+        layout = _layout(name, _INTEGER[node.target], tensor_type(scale), k)
+        packed, factors = f"{weight.target}.packed", str(scale.target)
         if packed not in program.params:
-            program.params[packed] = _packed(program, str(weight.target), k, layout.nbytes(n, k))
+            names = (str(weight.target), factors if layout.group else None)
+            program.params[packed] = _packed(program, names, k, layout.nbytes(n, k))
+        if tensor_type(scale).rank != 1:  # the scales of groups are packed too
+            factors += ".channels"
+            whole = None if layout.group else program.params[str(scale.target)].flatten()
+            program.params[factors] = torch.ones(n) if whole is None else whole
         graph = component.graph
         with graph.inserting_before(node):
             stored = graph.create_node("get_attr", packed)
             stored.meta = {"type": TensorType((layout.nbytes(n, k),), torch.uint8)}
-            args = [node.args[0], stored, *(argument(node, index) for index in range(2, 9))]
+            channels = graph.create_node("get_attr", factors)
+            channels.meta = {"type": TensorType((n,), torch.float32)}
+            rest = (argument(node, index) for index in range(3, 9))
+            args = [node.args[0], stored, channels, *rest]
             args += [int(layout), torch.float32]
             new = call(graph, LINEAR, tuple(args), tensor_type(node), node)
         new.meta.update({key: node.meta[key] for key in ("bits", "layer") if key in node.meta})
@@ -112,14 +114,33 @@ def _pack_linears(program: Program, component: Component, counts: Counter[str]) 
         counts["packed weights"] += 1
 
 
-def _packed(program: Program, name: str, k: int, size: int) -> Loader:
+def _layout(name: str, bits: int, scale: TensorType, k: int) -> Layout:
+    """The kernels' layout of a weight of ``k`` inputs with scales of a type.
+
+    Raises:
+        TargetError: where no kernel takes its bits and groups.
+    """
+    groups = int(scale.shape[1]) if scale.rank == 2 else 1
+    group = k // groups if groups > 1 else 0
+    layout = layout_for(bits, group)
+    if layout is not None:
+        return layout
+    raise TargetError(
+        f"{name} has {bits}-bit weights with a scale for every {group} inputs; the CUDA kernels "
+        "take groups of 4-bit weights, in multiples of 32 inputs",
+        hint="use group_size 32, 64 or 128 with 4 bits, none with 8, or compile for --target onnx",
+    )
+
+
+def _packed(program: Program, names: tuple[str, str | None], k: int, size: int) -> Loader:
+    """The weight of the first name, packed with the groups' scales of the second."""
     source = program.params.copy()
 
     def load() -> torch.Tensor:
-        weight = source[name]
+        weight = source[names[0]]
         if weight.is_meta:
             return torch.empty(size, dtype=torch.uint8, device="meta")
-        return pack_linear(weight, k)[0]
+        return pack_linear(weight, k, None if names[1] is None else source[names[1]])[0]
 
     return load
 

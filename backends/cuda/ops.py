@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mqc.ops  # noqa: F401  (the operators that this one is defined by)
-from mqc.cuda.pack import Layout, unpack_weight
+from mqc.cuda.pack import Layout, unpack_scales, unpack_weight
 
 LIBRARY = torch.library.Library("mqc_cuda", "DEF")
 SCHEMA = (
@@ -38,17 +38,27 @@ def reference(
     Args:
         xq: int8 [..., K].
         weight: uint8, an [N, K] weight packed in ``layout`` (:class:`mqc.cuda.pack.Layout`).
-        w_scale: float32 [N].
+        w_scale: float32 [N]. Scales of groups, in layouts that have them, are part of ``weight``,
+            and this is a factor of all.
         x_scale, modality: see `mqc.ops`.
         bias: float32 [N] or None.
         x_split, w_split: [..., k] in ``dtype`` and float32 [N, k], or None.
         residual: [..., N] in ``dtype``, added after rounding, or None.
         dtype: of the result [..., N]; the sum is float32 and rounded to it once.
     """
-    integers = unpack_weight(weight, Layout(layout), w_scale.shape[0], xq.shape[-1])
+    integers, scales = unpack(weight, w_scale, Layout(layout), xq.shape[-1])
     return apply_unpacked(
-        xq, integers, w_scale, x_scale, modality, bias, x_split, w_split, residual, dtype
+        xq, integers, scales, x_scale, modality, bias, x_split, w_split, residual, dtype
     )
+
+
+def unpack(weight: Tensor, w_scale: Tensor, layout: Layout, k: int) -> tuple[Tensor, Tensor]:
+    """A packed weight as int8 [N, k] with its scales, [N] or [N, groups]."""
+    n = w_scale.shape[0]
+    integers = unpack_weight(weight, layout, n, k)
+    if layout.group == 0:
+        return integers, w_scale
+    return integers, unpack_scales(weight, layout, n, k) * w_scale[:, None]
 
 
 def apply_unpacked(
@@ -63,7 +73,7 @@ def apply_unpacked(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`reference` on the weight as int8 [N, K]."""
+    """:func:`reference` on what :func:`unpack` gives."""
     terms = (bias, x_split, w_split)
     y: Tensor = torch.ops.mqc.linear_w8a8(xq, integers, w_scale, x_scale, modality, *terms)
     y = y.to(dtype)

@@ -12,7 +12,9 @@ template <class Shape> constexpr KernelShape shape_of() {
   return {Shape::kChannels, Shape::kTokens, Shape::kWarpsK, Shape::kBlocks};
 }
 
-int bits_of(int layout) { return layout == MQC_LAYOUT_W4_64X128 ? 4 : 8; }
+int tile_bytes(int layout) {
+  return by_format(layout, [](auto format) { return decltype(format)::kTileBytes; });
+}
 
 // Few tokens: the shape that just holds them. Many: wgmma where it fills half of the device.
 int choose_kernel(const mqc_linear_args& args, const Device& device) {
@@ -20,7 +22,7 @@ int choose_kernel(const mqc_linear_args& args, const Device& device) {
   if (args.rows <= 16) return MQC_LINEAR_MMA_16;
   if (args.rows <= 32) return MQC_LINEAR_MMA_32;
   if (args.rows <= 64) return MQC_LINEAR_MMA_64;
-  const KernelShape wgmma = kernel_shape(MQC_LINEAR_WGMMA);
+  const KernelShape wgmma = kernel_shape(MQC_LINEAR_WGMMA, args.layout);
   const int64_t tiles = ceil_div(args.n, wgmma.channels) * ceil_div(args.rows, wgmma.tokens);
   if (device.arch == 90 && 2 * tiles >= device.multiprocessors) return MQC_LINEAR_WGMMA;
   return MQC_LINEAR_MMA_128;
@@ -31,7 +33,7 @@ int choose_kernel(const mqc_linear_args& args, const Device& device) {
 int choose_split(const mqc_linear_args& args, const Device& device, const KernelShape& shape, int64_t blocks) {
   const int64_t target = static_cast<int64_t>(device.multiprocessors) * shape.blocks_per_multiprocessor;
   const int64_t by_steps = ceil_div(args.k, kTileInputs) / (2 * shape.warps_k);
-  const int64_t by_bytes = args.k * bits_of(args.layout) / 8 / (4 * shape.tokens);
+  const int64_t by_bytes = args.k * tile_bytes(args.layout) / (kTileChannels * kTileInputs * 4 * shape.tokens);
   int64_t split = target / blocks;
   if (split > by_steps) split = by_steps;
   if (split > by_bytes) split = by_bytes;
@@ -41,7 +43,7 @@ int choose_split(const mqc_linear_args& args, const Device& device, const Kernel
 int check_shape(const mqc_linear_args* args) {
   MQC_REQUIRE(args != nullptr, "mqc_linear: args is NULL");
   MQC_CHECK(check_size(args->size, sizeof(mqc_linear_args), "mqc_linear_args"));
-  MQC_REQUIRE(args->layout == MQC_LAYOUT_W4_64X128 || args->layout == MQC_LAYOUT_W8_64X128,
+  MQC_REQUIRE(args->layout >= MQC_LAYOUT_W4_64X128 && args->layout <= MQC_LAYOUT_W4_64X128_G128,
               "mqc_linear: layout %d is unknown", args->layout);
   MQC_REQUIRE(args->kernel >= MQC_LINEAR_AUTO && args->kernel <= MQC_LINEAR_WGMMA, "mqc_linear: kernel %d is unknown",
               args->kernel);
@@ -106,15 +108,18 @@ int fill_params(const mqc_linear_args& args, LinearParams& p) {
 
 }  // namespace
 
-KernelShape kernel_shape(int kernel) {
-  switch (kernel) {
-    case MQC_LINEAR_MMA_8: return shape_of<Mma8<4>>();
-    case MQC_LINEAR_MMA_16: return shape_of<Mma16<4>>();
-    case MQC_LINEAR_MMA_32: return shape_of<Mma32<4>>();
-    case MQC_LINEAR_MMA_64: return shape_of<Mma64<4>>();
-    case MQC_LINEAR_MMA_128: return shape_of<Mma128<4>>();
-    default: return {WgmmaShape<4>::kChannels, WgmmaShape<4>::kTokens, 1, 1};
-  }
+KernelShape kernel_shape(int kernel, int layout) {
+  return by_format(layout, [&](auto format) -> KernelShape {
+    using Format = decltype(format);
+    switch (kernel) {
+      case MQC_LINEAR_MMA_8: return shape_of<Mma8<Format>>();
+      case MQC_LINEAR_MMA_16: return shape_of<Mma16<Format>>();
+      case MQC_LINEAR_MMA_32: return shape_of<Mma32<Format>>();
+      case MQC_LINEAR_MMA_64: return shape_of<Mma64<Format>>();
+      case MQC_LINEAR_MMA_128: return shape_of<Mma128<Format>>();
+      default: return {WgmmaShape<Format>::kChannels, WgmmaShape<Format>::kTokens, 1, 1};
+    }
+  });
 }
 
 int plan_linear(const mqc_linear_args& args, const Device& device, LinearPlan& plan) {
@@ -122,7 +127,7 @@ int plan_linear(const mqc_linear_args& args, const Device& device, LinearPlan& p
   if (plan.kernel == MQC_LINEAR_WGMMA && device.arch != 90)
     return fail(MQC_ERROR_UNSUPPORTED, "mqc_linear: wgmma needs compute capability 9.0, the device has %d.%d",
                 device.arch / 10, device.arch % 10);
-  const KernelShape shape = kernel_shape(plan.kernel);
+  const KernelShape shape = kernel_shape(plan.kernel, args.layout);
   plan.blocks = ceil_div(args.n, shape.channels) * ceil_div(args.rows, shape.tokens);
   plan.split_k = 1;
   plan.partial_bytes = 0;
@@ -157,7 +162,7 @@ int mqc_linear_workspace(const mqc_linear_args* args, int64_t* bytes) {
   }
   // A split is chosen only where all its blocks run at once: that bounds the sums of any rows.
   for (int kernel = MQC_LINEAR_MMA_8; kernel <= MQC_LINEAR_MMA_128; ++kernel) {
-    const KernelShape shape = kernel_shape(kernel);
+    const KernelShape shape = kernel_shape(kernel, args->layout);
     const int64_t blocks = static_cast<int64_t>(device.multiprocessors) * shape.blocks_per_multiprocessor;
     const int64_t needed = kCounterBytes + blocks * shape.channels * shape.tokens * 4;
     if (needed > *bytes) *bytes = needed;
@@ -188,14 +193,16 @@ int mqc_linear(const mqc_linear_args* args, void* stream) {
   LinearPlan plan;
   MQC_CHECK(plan_linear(*args, device, plan));
   params.split_k = plan.split_k;
-  const int bits = bits_of(args->layout);
-  if (plan.kernel == MQC_LINEAR_WGMMA) return launch_linear_wgmma(params, device, bits, stream);
   if (plan.split_k > 1) {
     MQC_CHECK(check_workspace(args->workspace, args->workspace_bytes, kCounterBytes + plan.partial_bytes));
     params.counters = static_cast<uint32_t*>(args->workspace);
-    params.partial = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(args->workspace) + kCounterBytes);
+    params.partial = static_cast<uint8_t*>(args->workspace) + kCounterBytes;
   }
-  return bits == 4 ? launch_linear_mma_w4(params, plan, stream) : launch_linear_mma_w8(params, plan, stream);
+  return by_format(args->layout, [&](auto format) {
+    using Format = decltype(format);
+    if (plan.kernel == MQC_LINEAR_WGMMA) return launch_linear_wgmma<Format>(params, device, stream);
+    return launch_linear_mma<Format>(params, plan, stream);
+  });
 }
 
 }  // extern "C"

@@ -18,26 +18,22 @@ struct LinearPlan {
 struct KernelShape {
   int channels, tokens, warps_k, blocks_per_multiprocessor;
 };
-KernelShape kernel_shape(int kernel);
+KernelShape kernel_shape(int kernel, int layout);
 int plan_linear(const mqc_linear_args& args, const Device& device, LinearPlan& plan);
 
-int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, void* stream);
-int launch_linear_mma_w8(const LinearParams& params, const LinearPlan& plan, void* stream);
-int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, void* stream);
-
-template <int kBits> int launch_linear_mma(const LinearParams& params, const LinearPlan& plan, void* stream) {
-  const auto run = [&](auto shape) {
-    using Shape = decltype(shape);
-    const Grid grid{ceil_div(params.n, Shape::kChannels), ceil_div(params.rows, Shape::kTokens), plan.split_k};
-    return launch("linear_mma", linear_mma_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, stream, params);
-  };
-  switch (plan.kernel) {
-    case MQC_LINEAR_MMA_8: return run(Mma8<kBits>{});
-    case MQC_LINEAR_MMA_16: return run(Mma16<kBits>{});
-    case MQC_LINEAR_MMA_32: return run(Mma32<kBits>{});
-    case MQC_LINEAR_MMA_64: return run(Mma64<kBits>{});
-    default: return run(Mma128<kBits>{});
+// Calls `use` with a value of the format of a layout, which is known to be one.
+template <class Use> auto by_format(int layout, Use use) {
+  switch (layout) {
+    case MQC_LAYOUT_W4_64X128: return use(W4{});
+    case MQC_LAYOUT_W4_64X128_G32: return use(W4Grouped<32>{});
+    case MQC_LAYOUT_W4_64X128_G64: return use(W4Grouped<64>{});
+    case MQC_LAYOUT_W4_64X128_G128: return use(W4Grouped<128>{});
+    default: return use(W8{});
   }
 }
+
+// Defined and instantiated in files of their own.
+template <class Format> int launch_linear_wgmma(const LinearParams& params, const Device& device, void* stream);
+template <class Format> int launch_linear_mma(const LinearParams& params, const LinearPlan& plan, void* stream);
 
 }  // namespace mqc

@@ -1,9 +1,3 @@
-#include "linear_launch.h"
+#include "linear_mma_launch.h"
 
-namespace mqc {
-
-int launch_linear_mma_w4(const LinearParams& params, const LinearPlan& plan, void* stream) {
-  return launch_linear_mma<4>(params, plan, stream);
-}
-
-}  // namespace mqc
+template int mqc::launch_linear_mma<mqc::W4>(const LinearParams&, const LinearPlan&, void*);

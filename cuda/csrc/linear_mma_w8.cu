@@ -1,9 +1,3 @@
-#include "linear_launch.h"
+#include "linear_mma_launch.h"
 
-namespace mqc {
-
-int launch_linear_mma_w8(const LinearParams& params, const LinearPlan& plan, void* stream) {
-  return launch_linear_mma<8>(params, plan, stream);
-}
-
-}  // namespace mqc
+template int mqc::launch_linear_mma<mqc::W8>(const LinearParams&, const LinearPlan&, void*);

@@ -59,21 +59,24 @@ int encode_rows(gpu::TensorMap& map, const LinearParams& p, int box_rows) {
 
 #endif
 
-template <int kBits> int run(LinearParams params, const Device& device, void* stream) {
-  using Shape = WgmmaShape<kBits>;
+}  // namespace
+
+template <class Format> int launch_linear_wgmma(const LinearParams& params, const Device& device, void* stream) {
+  using Shape = WgmmaShape<Format>;
   gpu::TensorMap map;
   MQC_CHECK(encode_rows(map, params, Shape::kTokens));
-  params.band = kBand;
+  LinearParams banded = params;
+  banded.band = kBand;
   const int64_t tiles = ceil_div(params.n, Shape::kChannels) * ceil_div(params.rows, Shape::kTokens);
   const Grid grid{tiles < device.multiprocessors ? tiles : device.multiprocessors};
-  return launch("linear_wgmma", linear_wgmma_kernel<kBits>, grid, Shape::kThreads, Shape::kSharedBytes, stream, params,
+  return launch("linear_wgmma", linear_wgmma_kernel<Format>, grid, Shape::kThreads, Shape::kSharedBytes, stream, banded,
                 map);
 }
 
-}  // namespace
-
-int launch_linear_wgmma(const LinearParams& params, const Device& device, int bits, void* stream) {
-  return bits == 4 ? run<4>(params, device, stream) : run<8>(params, device, stream);
-}
+template int launch_linear_wgmma<W4>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W8>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W4Grouped<32>>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W4Grouped<64>>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W4Grouped<128>>(const LinearParams&, const Device&, void*);
 
 }  // namespace mqc

@@ -49,11 +49,15 @@ typedef enum mqc_modality {
   MQC_MODALITY_MASK = 2   /* bool (bytes 0 or 1) [rows]: 1 = visual */
 } mqc_modality;
 
-/* Weight layouts, made by mqc.cuda.pack. Both hold tiles of 64 output channels by 128 inputs,
- * ordered [ceil(n / 64)][ceil(k / 128)], padded with zeros; see include/mqc/layout.cuh. */
+/* Weight layouts, made by mqc.cuda.pack. All hold tiles of 64 output channels by 128 inputs,
+ * ordered [ceil(n / 64)][ceil(k / 128)], padded with zeros; see include/mqc/layout.cuh. The last three
+ * have a scale of each channel for every 32, 64 or 128 inputs: float32, in the tiles. */
 typedef enum mqc_layout {
-  MQC_LAYOUT_W4_64X128 = 1, /* 4096 bytes a tile */
-  MQC_LAYOUT_W8_64X128 = 2  /* 8192 bytes a tile */
+  MQC_LAYOUT_W4_64X128 = 1,      /* 4096 bytes a tile */
+  MQC_LAYOUT_W8_64X128 = 2,      /* 8192 bytes a tile */
+  MQC_LAYOUT_W4_64X128_G32 = 3,  /* 4096 + 1024 */
+  MQC_LAYOUT_W4_64X128_G64 = 4,  /* 4096 + 512 */
+  MQC_LAYOUT_W4_64X128_G128 = 5  /* 4096 + 256 */
 } mqc_layout;
 
 typedef enum mqc_linear_kernel {
@@ -94,7 +98,9 @@ MQC_API int mqc_memory_copy_rows(void* to, int64_t to_stride, const void* from, 
  * y[r, c] = round(x[r, :] . w[c, :] * w_scale[c] * x_scale[row r] + bias[c]
  *                 + sum_j x_split[r, j] * w_split[c, j])       then, where given,
  * y[r, c] = round(y[r, c] + residual[r, c])
- * The product is exact in int32 for k <= 131072; the rest is float32 in the order written. */
+ * The product is exact in int32 for k <= 131072; the rest is float32 in the order written. With
+ * scales of groups x . w is the sum over groups of scale * (product of the group, exact): float32,
+ * one rounding a group, in an order that depends on the kernel and split_k alone. */
 typedef struct mqc_linear_args {
   uint32_t size;
   int32_t kernel;        /* mqc_linear_kernel */

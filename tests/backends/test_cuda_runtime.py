@@ -209,11 +209,29 @@ def test_linear_on_packed_weights(bits: int) -> None:
     torch.testing.assert_close(half.float(), expected, rtol=2**-6, atol=2.0)
 
 
-def test_weight_groups_are_refused() -> None:
-    program = cuda_cases.quantized("tiny-llava", ("decoder.weights.group_size=64",))
-    with pytest.raises(TargetError, match="one weight scale per group") as caught:
-        lower(program)
-    assert "group_size" in str(caught.value.hint)
+@pytest.mark.parametrize("group", [32, 96])
+def test_weight_groups_are_bit_equal_to_the_reference(group: int) -> None:
+    """Groups of 32 as they are; of 96 in parts, which round otherwise."""
+    name = "tiny-llava"
+    program = cuda_cases.quantized(name, (f"decoder.weights.group_size={group}",))
+    low = lower(program, "f32")[0]
+    linears = [n for n in low.components["decoder"].graph.nodes if n.target is LINEAR]
+    assert {Layout(n.args[9]).group for n in linears} >= {32}
+    found = cuda_cases.logits(CudaEngine(low, ReferenceKernels(), capacity=128), name)
+    expected = cuda_cases.logits(ProgramEngine(program), name)
+    if group == 32:
+        assert found.equal(expected)
+    else:
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_weights_that_no_kernel_takes_are_refused() -> None:
+    for groups in ("group_size=16", "bits=8"):
+        overrides = ("decoder.weights.group_size=32", f"decoder.weights.{groups}")
+        program = cuda_cases.quantized("tiny-llava", overrides)
+        with pytest.raises(TargetError, match="with a scale for every") as caught:
+            lower(program)
+        assert "group_size" in str(caught.value.hint)
     with pytest.raises(TargetError, match="'int8'"):
         lower(cuda_cases.quantized("tiny-llava"), "int8")
 

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mqc.cuda.pack import Layout, hadamard_table, pack_linear, pack_weight, unpack_weight
+from mqc.cuda.pack import (
+    Layout,
+    hadamard_table,
+    layout_for,
+    pack_linear,
+    pack_weight,
+    unpack_scales,
+    unpack_weight,
+)
 from mqc.errors import UsageError
 from mqc.numerics.hadamard import hadamard_matrix
 from mqc.numerics.packing import pack_int4
@@ -27,18 +35,30 @@ def random_weight(seed: int, n: int, k: int, bits: int) -> torch.Tensor:
     return torch.from_numpy(rng.integers(low, high, (n, k), dtype=np.int8))
 
 
+def random_scales(seed: int, n: int, k: int, layout: Layout) -> torch.Tensor | None:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, k // layout.group, generator=generator) if layout.group else None
+
+
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (1, 1), (65, 130), (200, 384), (128, 33)])
 def test_kernels_read_what_was_packed(emulated: Any, layout: Layout, n: int, k: int) -> None:
-    q = random_weight(n + k, n, k, layout.bits)
-    packed = pack_weight(q, layout)
+    k = -(-k // layout.group) * layout.group if layout.group else k
+    q, scales = random_weight(n + k, n, k, layout.bits), random_scales(n, n, k, layout)
+    packed = pack_weight(q, layout, scales)
     assert packed.dtype == torch.uint8 and packed.numel() == layout.nbytes(n, k)
     rows, columns = -(-n // 64) * 64, -(-k // 128) * 128
     out = np.full((rows, columns), 99, dtype=np.int8)
-    emulated.native.test_unpack(layout.bits, pointer(packed.numpy()), n, k, pointer(out))
+    read = np.zeros((rows, columns), dtype=np.float32)
+    source = pointer(packed.numpy())
+    emulated.native.test_unpack(int(layout), source, n, k, pointer(out), pointer(read))
     want = np.zeros((rows, columns), dtype=np.int64)
     want[:n, :k] = q.numpy().astype(np.int64) * (16 if layout.bits == 4 else 1)
     assert np.array_equal(out, want)
+    if scales is not None:
+        spread = scales.repeat_interleave(layout.group, dim=1).numpy()
+        assert np.array_equal(read[:n, :k], spread)
+        assert not read[n:].any() and not read[:, k:].any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -49,8 +69,22 @@ def test_kernels_read_what_was_packed(emulated: Any, layout: Layout, n: int, k: 
     layout=st.sampled_from(list(Layout)),
 )
 def test_round_trip(seed: int, n: int, k: int, layout: Layout) -> None:
-    q = random_weight(seed, n, k, layout.bits)
-    assert torch.equal(unpack_weight(pack_weight(q, layout), layout, n, k), q)
+    k = -(-k // layout.group) * layout.group if layout.group else k
+    q, scales = random_weight(seed, n, k, layout.bits), random_scales(seed, n, k, layout)
+    packed = pack_weight(q, layout, scales)
+    assert torch.equal(unpack_weight(packed, layout, n, k), q)
+    if scales is not None:
+        assert torch.equal(unpack_scales(packed, layout, n, k), scales)
+
+
+def test_groups_are_stored_in_parts_that_a_layout_has() -> None:
+    wanted = {32: 32, 64: 64, 128: 128, 256: 128, 192: 64, 96: 32}
+    assert {group: layout_for(4, group).group for group in wanted} == wanted
+    assert layout_for(4, 16) is layout_for(4, 48) is layout_for(8, 64) is None
+    q, scales = random_weight(1, 70, 384, 4), torch.rand(70, 2)
+    packed, layout = pack_linear(pack_int4(q), 384, scales)
+    assert layout is Layout.W4_64X128_G64 and torch.equal(unpack_weight(packed, layout, 70, 384), q)
+    assert torch.equal(unpack_scales(packed, layout, 70, 384), scales.repeat_interleave(3, dim=1))
 
 
 def test_stored_weights_are_packed_by_their_dtype() -> None:
@@ -67,6 +101,13 @@ def test_what_does_not_fit_is_refused() -> None:
         pack_weight(q, Layout.W4_64X128)
     with pytest.raises(UsageError, match="int8"):
         pack_weight(q.float(), Layout.W8_64X128)
+    four = torch.zeros(64, 128, dtype=torch.int8)
+    with pytest.raises(UsageError, match="do not go together"):
+        pack_weight(four, Layout.W4_64X128_G64)
+    with pytest.raises(UsageError, match="do not fit"):
+        pack_weight(four, Layout.W4_64X128_G64, torch.ones(64, 3))
+    with pytest.raises(UsageError, match="scales of 16 inputs"):
+        pack_linear(pack_int4(four), 128, torch.ones(64, 8))
     with pytest.raises(UsageError, match="8192 bytes"):
         unpack_weight(torch.zeros(1, dtype=torch.uint8), Layout.W8_64X128, 64, 128)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mqc.cuda.library import Library, LinearArgs, LinearKernel, Modality
-from mqc.cuda.pack import Layout, pack_weight
+from mqc.cuda.pack import layout_for, pack_weight
 from tools.gpu_check.common import DTYPES, stream_of, workspace
 
 POISON = 0x7F7F  # bf16 3.4e38, f16 NaN: no result looks like it
@@ -19,12 +19,18 @@ class Options:
     """Which optional operands a case has."""
 
     bits: int = 4
+    group: int = 0
     dtype: torch.dtype = torch.bfloat16
     modality: Modality = Modality.NONE
     bias: bool = False
     split: bool = False
     residual: bool = False
     extreme: bool = False
+
+    @property
+    def weights(self) -> str:
+        """Short name of the weights, e.g. w4g128."""
+        return f"w{self.bits}" + (f"g{self.group}" if self.group else "")
 
 
 class LinearCase:
@@ -55,8 +61,12 @@ class LinearCase:
         if options.extreme:
             self.q.fill_(low)
             self.x.fill_(-127)
-        self.layout = Layout.W4_64X128 if options.bits == 4 else Layout.W8_64X128
-        self.w = pack_weight(self.q, self.layout)
+        layout = layout_for(options.bits, options.group)
+        assert layout is not None
+        self.layout = layout
+        groups = k // options.group if options.group else 0
+        self.factors = real(n, groups).abs() + 0.5 if groups else None
+        self.w = pack_weight(self.q, self.layout, self.factors)
         self.w_scale = real(n).abs() * 1e-3 + 1e-4
         self.x_scale = real(2).abs() * 1e-2 + 1e-3
         visual = torch.zeros(rows, dtype=torch.long, device=device)
@@ -79,6 +89,8 @@ class LinearCase:
         rows, _, k = self.shape
         y = torch.empty(rows, self.q.shape[0], dtype=torch.float32, device=self.device)
         wide = self.q.double().T
+        if self.factors is not None:
+            wide *= self.factors.double().repeat_interleave(self.options.group, dim=1).T
         for start in range(0, rows, 1024):
             part = slice(start, start + 1024)
             y[part] = (self.x[part, :k].double() @ wide).float()
@@ -90,6 +102,17 @@ class LinearCase:
             y = y + self.x_split.float() * self.w_split.T
         out = y.to(self.options.dtype)
         return out if self.residual is None else out + self.residual
+
+    def differing(self, got: Tensor, want: Tensor) -> int:
+        """Values of `got` that are not those of `want`. Sums over groups are rounded once a group,
+        in an order of the kernel's: they may differ by what that can make."""
+        if self.factors is None:
+            return int((got != want).sum())
+        largest = self.factors.sum(dim=1) * self.options.group * 127 * 8
+        slack = largest * self.w_scale * self.x_scale.max() * self.factors.shape[1] * 2.0**-23
+        slack = slack + 2 * torch.finfo(want.dtype).eps * want.float().abs()
+        near = (got.float() - want.float()).abs() <= slack  # false for NaN
+        return int((~near).sum())
 
     def arguments(self, y: Tensor, w: Tensor | None = None) -> LinearArgs:
         """The call's struct, without kernel, split and workspace; `w`: another packed copy."""
@@ -139,6 +162,6 @@ class LinearCase:
         for _ in range(repeats):
             bits.fill_(POISON)
             library.launch("linear", arguments, stream_of(self.device))
-            wrong += int((buffer[:rows, :n] != want).sum())
+            wrong += self.differing(buffer[:rows, :n], want)
             wrong += int((bits[rows:] != POISON).sum() + (bits[:rows, n:] != POISON).sum())
         return wrong

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from mqc.cuda.library import Library
-from tools.gpu_check import ceilings, end_to_end, rows, sweep, timings
+from tools.gpu_check import ceilings, end_to_end, onnx_cuda, rows, sweep, timings
 from tools.gpu_check.common import Recorder
-from tools.gpu_check.prepare import FOLDER, prepared
+from tools.gpu_check.prepare import FOLDER, ONNX_ARTIFACT, prepared
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,18 @@ PARTS = {
     "model-decode": Part(120, _model(end_to_end.decode)),
     "model-prefill": Part(90, _model(end_to_end.prefill)),
     "model-vision": Part(60, _model(end_to_end.vision)),
+    "onnx-cuda": Part(
+        60, lambda c: onnx_cuda.run(c.recorder, FOLDER / ONNX_ARTIFACT, c.library.path)
+    ),
 }
 MODEL_PARTS = tuple(name for name in PARTS if name.startswith("model-"))
 
 
 def dry_run(name: str, folder: Path, recorder: Recorder) -> None:
     """A model part on the CPU: kernels by definition, on what ``prepare --tiny`` made."""
+    if name == "onnx-cuda":
+        onnx_cuda.dry_run(recorder, folder / ONNX_ARTIFACT)
+        return
     file, artifact = prepared(folder)
     device, plan = torch.device("cpu"), end_to_end.DRY
     bench = end_to_end.Bench(recorder, file, device, artifact=artifact, plan=plan)

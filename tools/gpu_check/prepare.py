@@ -13,6 +13,7 @@ from tools.gpu_check import ROOT, model
 
 FOLDER = ROOT / "out" / "prepared"
 ARTIFACT = "tiny-qwen2-vl"
+ONNX_ARTIFACT = "tiny-qwen2-vl-onnx"
 
 
 def prepare(folder: Path, sizes: model.Sizes, dtype: str, *, quick: bool = False) -> None:
@@ -24,6 +25,21 @@ def prepare(folder: Path, sizes: model.Sizes, dtype: str, *, quick: bool = False
     out, samples = folder / ARTIFACT, 8 if quick else 256
     report = mqc.compile(
         "tiny-qwen2-vl", target="cuda", overrides=overrides, samples=samples, out=out
+    )
+    print(f"{report.artifact}: {report.artifact_bytes / 1e6:.1f} MB", flush=True)
+
+
+def prepare_onnx(folder: Path, *, quick: bool = False) -> None:
+    """Write the ONNX files for the part "onnx-cuda" into ``folder``."""
+    import mqc
+
+    report = mqc.compile(
+        "tiny-qwen2-vl",
+        target="onnx",
+        device="cuda",
+        overrides=["weights.method=rtn", "weights.clip=false"] if quick else [],
+        samples=8 if quick else 256,
+        out=folder / ONNX_ARTIFACT,
     )
     print(f"{report.artifact}: {report.artifact_bytes / 1e6:.1f} MB", flush=True)
 
@@ -43,3 +59,4 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     tiny = chosen.tiny
     prepare(chosen.out, model.TINY if tiny else model.Sizes(), "bf16", quick=tiny)
+    prepare_onnx(chosen.out, quick=tiny)

@@ -30,6 +30,8 @@ VARIANTS = (
     Options(residual=True, split=True, modality=Modality.COUNT),
     Options(bias=True, residual=True, split=True, dtype=torch.float32),
 )
+GROUPS = (32, 64, 128)
+"""Inputs that share a scale; they take turns, and a width that they do not divide goes without."""
 TOKENS = {
     LinearKernel.MMA_8: 8,
     LinearKernel.MMA_16: 16,
@@ -58,12 +60,19 @@ def run(
 ) -> None:
     """Check every shape, number of rows and kernel; the variants take turns."""
     turn: Iterator[Options] = itertools.cycle(VARIANTS)
-    for (n, k), m, bits in itertools.product(shapes, rows, (4, 8)):
+    sizes: Iterator[int] = itertools.cycle(GROUPS)
+    weights = ((4, False), (8, False), (4, True))
+    for (n, k), m, (bits, grouped) in itertools.product(shapes, rows, weights):
+        group = next(sizes) if grouped else 0
+        if group and k % group:
+            continue
         kernels = kernels_for(m, architecture, wgmma)
         options = next(turn)
         for extreme in (False, True) if m <= 16 or wgmma else (False,):
-            chosen = Options(**(vars(options) | {"bits": bits, "extreme": extreme}))
-            name = f"{m} x {n} x {k} w{bits} {chosen.dtype} {'extreme' if extreme else 'random'}"
+            weight = {"bits": bits, "group": group, "extreme": extreme}
+            chosen = Options(**(vars(options) | weight))
+            kind = "extreme" if extreme else "random"
+            name = f"{m} x {n} x {k} {chosen.weights} {chosen.dtype} {kind}"
             if not recorder.start(name):
                 return
             case = LinearCase(m, n, k, chosen, generator)

@@ -35,6 +35,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"{name}: {state}, {part['seconds']:.0f} s")
         if part["state"] != "done":
             lines.append(f"      in: {part['last']}\n      {part['error']}")
+        lines += [f"  skipped: {r['skipped']}" for r in part["results"] if "skipped" in r]
         for r in (r for r in part["results"] if "unit" in r):
             lines.append(f"  {r['name']:44} {r['value']:10.1f} {r['unit']}")
         if any("wrong" in r for r in part["results"]):

@@ -51,12 +51,17 @@ def linears(
 ) -> None:
     """Each shape and number of rows: microseconds, bytes of weights a second, operations."""
     device = generator.device
-    cases = [*itertools.product(SHAPES, ROWS, (4, 8)), *itertools.product((HEAD,), (1, 16), (4, 8))]
-    for (n, k), rows, bits in cases:
-        name = f"linear {rows} x {n} x {k} w{bits}"
+    plain, grouped = (Options(), Options(bits=8)), (Options(group=32), Options(group=128))
+    cases = [
+        *itertools.product(SHAPES, ROWS, plain),
+        *itertools.product((HEAD,), (1, 16), plain),
+        *itertools.product(SHAPES[:1], ROWS, grouped),
+    ]
+    for (n, k), rows, options in cases:
+        name = f"linear {rows} x {n} x {k} {options.weights}"
         if not recorder.start(name):
             return
-        case = LinearCase(rows, n, k, Options(bits=bits), generator)
+        case = LinearCase(rows, n, k, options, generator)
         copies = [case.w.clone() for _ in range(copies_for(case.w.numel()))]
         y = torch.empty(rows, n, dtype=DTYPE, device=device)
         area = workspace(library.workspace("linear", case.arguments(y)) * 8, device)
@@ -82,7 +87,7 @@ def linears(
                 weight_tb_s=case.w.numel() / seconds / 1e12,
                 tops=2 * rows * n * k / seconds / 1e12,
             )
-        if bits == 4:
+        if options == Options():
             _bf16(recorder, name, rows, n, k)
         del case, copies
 

@@ -82,6 +82,12 @@ MQC_D Vector16 load_shared16(uint32_t address) {
   return v;
 }
 
+MQC_D float load_shared_float(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // 16 bytes from global to shared memory; zeros where not valid (the source is then not read).
 MQC_D void copy_async16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
@@ -113,6 +119,14 @@ MQC_D void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d = a . b, for the first product of a sum.
+MQC_D void mma_s8_first(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 // d += a . b, 16 x 8 x 16, T = bf16 or f16 to float32.
 template <class T> MQC_D void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -81,9 +81,9 @@ template <int kPending> MQC_D void wgmma_wait() {
 }
 
 // Keeps the compiler from moving accesses of an accumulator over a wait.
-MQC_D void wgmma_hold(int32_t (&d)[64]) {
+template <int kCount> MQC_D void wgmma_hold(int32_t (&d)[kCount]) {
   MQC_UNROLL
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // d += a . b, 64 x 128 x 32: a from registers, b [128, 32] in shared memory by descriptor.
@@ -112,6 +112,52 @@ MQC_D void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
         "+r"(d[63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+// d = the sum of a[s] . b of kSteps steps, 64 x 64 x 32 each; b advances by 32 bytes a step. One statement:
+// nothing may come between products that share an accumulator.
+#define MQC_WGMMA_64(a, b, add)                                                               \
+  "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "          \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {" a "}, " b ", p" add ";\n"
+#define MQC_WGMMA_64_SUMS                                                                     \
+  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),         \
+  "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),     \
+  "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]),  \
+  "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),  \
+  "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+#define MQC_WGMMA_64_STEP(s) "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "l"(b + 2 * (s))
+template <int kSteps> MQC_D void wgmma_s8(int32_t (&d)[32], const uint32_t (*a)[4], uint64_t b) {
+  static_assert(kSteps == 1 || kSteps == 2 || kSteps == 4, "steps of a group");
+  if constexpr (kSteps == 1) {
+    asm volatile(
+        "{\n.reg .pred p0, p1;\nsetp.ne.b32 p0, 0, 0;\nsetp.ne.b32 p1, 1, 0;\n"
+        MQC_WGMMA_64("%32, %33, %34, %35", "%36", "0")
+        "}"
+        : MQC_WGMMA_64_SUMS
+        : MQC_WGMMA_64_STEP(0));
+  } else if constexpr (kSteps == 2) {
+    asm volatile(
+        "{\n.reg .pred p0, p1;\nsetp.ne.b32 p0, 0, 0;\nsetp.ne.b32 p1, 1, 0;\n"
+        MQC_WGMMA_64("%32, %33, %34, %35", "%36", "0")
+        MQC_WGMMA_64("%37, %38, %39, %40", "%41", "1")
+        "}"
+        : MQC_WGMMA_64_SUMS
+        : MQC_WGMMA_64_STEP(0), MQC_WGMMA_64_STEP(1));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p0, p1;\nsetp.ne.b32 p0, 0, 0;\nsetp.ne.b32 p1, 1, 0;\n"
+        MQC_WGMMA_64("%32, %33, %34, %35", "%36", "0")
+        MQC_WGMMA_64("%37, %38, %39, %40", "%41", "1")
+        MQC_WGMMA_64("%42, %43, %44, %45", "%46", "1")
+        MQC_WGMMA_64("%47, %48, %49, %50", "%51", "1")
+        "}"
+        : MQC_WGMMA_64_SUMS
+        : MQC_WGMMA_64_STEP(0), MQC_WGMMA_64_STEP(1), MQC_WGMMA_64_STEP(2), MQC_WGMMA_64_STEP(3));
+  }
+}
+#undef MQC_WGMMA_64
+#undef MQC_WGMMA_64_SUMS
+#undef MQC_WGMMA_64_STEP
 
 }  // namespace mqc::gpu
 

@@ -20,7 +20,21 @@ constexpr int kTileInputs = 128;
 constexpr int kStepInputs = 32;  // inputs of one matrix instruction
 constexpr int kStepsPerTile = kTileInputs / kStepInputs;
 
-template <int kBits> constexpr int kTileBytes = kTileChannels * kTileInputs * kBits / 8;
+// How a weight is stored: bits of a value, and inputs that share a scale (0: all of a channel's).
+// With groups a tile ends with their scales, float32 [kTileInputs / kGroup][kTileChannels].
+template <int kBits_, int kGroup_ = 0> struct WeightFormat {
+  static constexpr int kBits = kBits_, kGroup = kGroup_;
+  static constexpr bool kGrouped = kGroup > 0;
+  static constexpr int kStepsPerGroup = kGrouped ? kGroup / kStepInputs : kStepsPerTile;
+  static constexpr int kValueBytes = kTileChannels * kTileInputs * kBits / 8;
+  static constexpr int kScaleBytes = kGrouped ? kTileInputs / kGroup * kTileChannels * 4 : 0;
+  static constexpr int kTileBytes = kValueBytes + kScaleBytes;
+  // The epilogue multiplies by it: undoes what unpacking multiplied (exact: a power of two).
+  static constexpr float kUnit = kBits == 4 ? 0.0625f : 1.0f;
+};
+using W4 = WeightFormat<4>;
+using W8 = WeightFormat<8>;
+template <int kGroup> using W4Grouped = WeightFormat<4, kGroup>;
 
 // A fragment, register 0..3, byte 0..3 -> row (0..63) and input (0..31) of a 64 x 32 step.
 MQC_HD constexpr int fragment_row(int thread, int reg) {
@@ -38,12 +52,14 @@ MQC_HD constexpr int accumulator_column(int lane, int reg) { return (lane % 4) *
 MQC_HD constexpr int packed_vector(int index, int thread) { return (index * 128 + thread) * 16; }
 
 // Byte offset of tile (channel tile, input tile) in the packed weight.
-template <int kBits> MQC_HD constexpr int64_t packed_tile(int64_t channel_tile, int64_t input_tile, int64_t input_tiles) {
-  return (channel_tile * input_tiles + input_tile) * kTileBytes<kBits>;
+template <class Format>
+MQC_HD constexpr int64_t packed_tile(int64_t channel_tile, int64_t input_tile, int64_t input_tiles) {
+  return (channel_tile * input_tiles + input_tile) * Format::kTileBytes;
 }
 
-MQC_HD constexpr int64_t packed_bytes(int bits, int64_t n, int64_t k) {
-  return ceil_div(n, kTileChannels) * ceil_div(k, kTileInputs) * (kTileChannels * kTileInputs * bits / 8);
+// Byte offset, in a tile, of the scale of a group of inputs and a channel (0..63).
+template <class Format> MQC_HD constexpr int packed_scale(int group, int channel) {
+  return Format::kValueBytes + (group * kTileChannels + channel) * 4;
 }
 
 // A word of packed int4 -> registers of rows g (low) and g + 8 (high), as int8 times 16: a nibble
@@ -52,9 +68,6 @@ MQC_HD void unpack_int4(uint32_t word, uint32_t& low, uint32_t& high) {
   high = word & 0xF0F0F0F0u;
   low = (word << 4) & 0xF0F0F0F0u;
 }
-
-// The epilogue divides by what unpacking multiplied (exact: a power of two).
-template <int kBits> MQC_HD constexpr float weight_unit() { return kBits == 4 ? 0.0625f : 1.0f; }
 
 // Activation rows of 128 bytes in shared memory: 16-byte chunks exchanged by row, so that eight
 // rows of one chunk lie in different banks. The same map as TMA's 128-byte swizzle at addresses

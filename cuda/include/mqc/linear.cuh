@@ -6,6 +6,8 @@
 #include "mqc/rows.cuh"
 #include "mqc/vectors.cuh"
 
+#include <type_traits>
+
 namespace mqc {
 
 struct LinearParams {
@@ -17,7 +19,7 @@ struct LinearParams {
   const float* w_split;
   const void* residual;  // or null
   void* y;
-  int32_t* partial;      // [tile][split][register][thread] sums of blocks that share a tile
+  void* partial;         // [tile][split][register][thread] sums of blocks that share a tile
   uint32_t* counters;    // [tile], zero between launches
   RowScale rows_scale;
   int64_t x_stride, y_stride, residual_stride, x_split_stride;
@@ -31,8 +33,22 @@ struct LinearParams {
   int32_t band;           // of tile_order, persistent kernel
 };
 
-// Sums of a tile wait in shared memory as int32 [tokens][kStagePitch]: four more words a row, so
-// that the writes of a fragment (rows two apart) fall into different banks.
+// The sums of a thread: of the integers themselves, or of groups times their scales.
+template <class Format> using SumOf = std::conditional_t<Format::kGrouped, float, int32_t>;
+
+// Group sums join the float sums with one rounding each.
+MQC_HD float add_group(float sum, int32_t group, float scale) { return fma_rn(static_cast<float>(group), scale, sum); }
+
+// Scales of a group at `tile` (in shared memory) for the rows of an accumulator fragment: its registers
+// 0, 1 belong to the first channel, 2, 3 to the one eight further.
+template <class Format> MQC_D void load_scales(float (&scales)[2], uint32_t tile, int group, int first, int lane) {
+  MQC_UNROLL
+  for (int half = 0; half < 2; ++half)
+    scales[half] = gpu::load_shared_float(tile + packed_scale<Format>(group, first + accumulator_row(lane, 2 * half)));
+}
+
+// Sums of a tile wait in shared memory as [tokens][kStagePitch] words: four more a row, so that the
+// writes of a fragment (rows two apart) fall into different banks.
 template <int kChannels> constexpr int kStagePitch = kChannels + 4;
 
 // Activation scale of a row of the product; 0 past its end.
@@ -41,7 +57,8 @@ MQC_D float token_scale(const LinearParams& p, int row) {
 }
 
 // Writes a 16 x 8 fragment to the staging buffer; channel, token: of its first value in the buffer.
-template <int kPitch> MQC_D void stage_fragment(const int32_t* sums, int32_t* stage, int channel, int token, int lane) {
+template <int kPitch, class Sum>
+MQC_D void stage_fragment(const Sum* sums, Sum* stage, int channel, int token, int lane) {
   MQC_UNROLL
   for (int r = 0; r < 4; ++r)
     stage[(token + accumulator_column(lane, r)) * kPitch + channel + accumulator_row(lane, r)] = sums[r];
@@ -56,8 +73,8 @@ MQC_D ChannelTerms channel_terms(const LinearParams& p, int channel) {
 }
 
 // y of one row and channel, in float32 and the order of the reference. x_first: of the row's split.
-template <class T>
-MQC_D float finished_value(const LinearParams& p, int32_t sum, float unit, const ChannelTerms& terms, float x_scale,
+template <class T, class Sum>
+MQC_D float finished_value(const LinearParams& p, Sum sum, float unit, const ChannelTerms& terms, float x_scale,
                            float x_first, int64_t row, int64_t channel) {
   float y = scaled_sum(sum, unit, terms.w_scale, x_scale);
   if (p.bias != nullptr) y = add_rn(y, terms.bias);
@@ -75,8 +92,8 @@ template <class T> MQC_D T finished(float y, bool add, T residual) {
 
 // A thread writes the same channels of every kRows-th row. What it needs from memory for kBatch rows
 // is read before the first of them is written: y may be the residual, so nothing else may be assumed.
-template <class T, int kPitch, int kChannels, int kTokens, int kThreads, int kVector>
-MQC_D void write_rows_of(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
+template <class T, int kPitch, int kChannels, int kTokens, int kThreads, int kVector, class Sum>
+MQC_D void write_rows_of(const LinearParams& p, const Sum* stage, const float* scales, float unit, int channel,
                          int token, int thread) {
   constexpr int kPerRow = kChannels / kVector, kRows = kThreads / kPerRow;
   constexpr int kBatch = kVector == 1 || kTokens < 2 * kRows ? 1 : 2;
@@ -123,8 +140,8 @@ MQC_D void write_rows_of(const LinearParams& p, const int32_t* stage, const floa
   }
 }
 
-template <class T, int kPitch, int kChannels, int kTokens, int kThreads>
-MQC_D void write_rows_as(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
+template <class T, int kPitch, int kChannels, int kTokens, int kThreads, class Sum>
+MQC_D void write_rows_as(const LinearParams& p, const Sum* stage, const float* scales, float unit, int channel,
                          int token, int thread) {
   if (p.vector_io) {
     write_rows_of<T, kPitch, kChannels, kTokens, kThreads, kVectorOf<T>>(p, stage, scales, unit, channel, token, thread);
@@ -137,8 +154,8 @@ MQC_D void write_rows_as(const LinearParams& p, const int32_t* stage, const floa
 // kThreads - 1) after a barrier.
 //   scales: activation scales by token of the buffer, in shared memory
 //   unit: what undoes the factor of unpacking; channel, token: first of the buffer in the product
-template <int kPitch, int kChannels, int kTokens, int kThreads>
-MQC_D void write_rows(const LinearParams& p, const int32_t* stage, const float* scales, float unit, int channel,
+template <int kPitch, int kChannels, int kTokens, int kThreads, class Sum>
+MQC_D void write_rows(const LinearParams& p, const Sum* stage, const float* scales, float unit, int channel,
                       int token, int thread) {
   if (p.dtype == 1) {
     write_rows_as<bf16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);

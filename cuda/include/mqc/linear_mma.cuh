@@ -3,16 +3,18 @@
 // A block computes kChannels x kTokens outputs from a range of input tiles. Stages of shared memory
 // are filled by cp.async; each warp multiplies its fragments. kWarpsK warps share a fragment, each
 // taking every kWarpsK-th input tile. Blocks that share a tile of the product (split K) leave their
-// int32 sums in the workspace; the last to arrive adds them up and writes the rows.
+// sums in the workspace; the last to arrive adds them up, in the order of the blocks, and writes the
+// rows. With a scale a group, products of one group are summed in int32 and join float sums.
 #pragma once
 
 #include "mqc/linear.cuh"
 
 namespace mqc {
 
-template <int kBits_, int kWarpsChannel_, int kWarpsToken_, int kWarpsK_, int kI_, int kJ_, int kStages_>
+template <class Format_, int kWarpsChannel_, int kWarpsToken_, int kWarpsK_, int kI_, int kJ_, int kStages_>
 struct MmaShape {
-  static constexpr int kBits = kBits_;
+  using Format = Format_;
+  using Sum = SumOf<Format>;
   static constexpr int kWarpsChannel = kWarpsChannel_, kWarpsToken = kWarpsToken_, kWarpsK = kWarpsK_;
   static constexpr int kI = kI_;  // fragments of 16 channels a warp
   static constexpr int kJ = kJ_;  // fragments of 8 tokens a warp
@@ -22,11 +24,11 @@ struct MmaShape {
   static constexpr int kWarpsOutput = kWarpsChannel * kWarpsToken;
   static constexpr int kThreads = 32 * kWarpsOutput * kWarpsK;
   static constexpr int kTiles = kChannels / kTileChannels;  // weight tiles side by side
-  static constexpr int kWeightBytes = kTiles * kTileBytes<kBits>;
+  static constexpr int kWeightBytes = kTiles * Format::kTileBytes;
   static constexpr int kTokenBytes = kTokens * kTileInputs;
   static constexpr int kStageBytes = kWarpsK * (kWeightBytes + kTokenBytes);
   static constexpr int kSums = kI * kJ * 4;  // accumulators of a thread
-  static constexpr int kBlocks = kTokens <= 64 ? 2 : 1;  // blocks a multiprocessor should hold
+  static constexpr int kBlocks = kTokens <= 64 && kThreads <= 256 ? 2 : 1;  // blocks a multiprocessor should hold
   static_assert(kChannels % kTileChannels == 0, "a block takes whole weight tiles");
 
   static constexpr int kOutputBytes = kTokens * kStagePitch<kChannels> * 4;
@@ -46,11 +48,12 @@ MQC_D void mma_load_stage(const LinearParams& p, uint32_t stage, int tile, int t
   for (int base = 0; base < kChunks; base += Shape::kThreads) {
     const int index = base + thread;
     if (kChunks % Shape::kThreads != 0 && index >= kChunks) break;
-    constexpr int kPerTile = kTileBytes<Shape::kBits> / 16;
+    constexpr int kPerTile = Shape::Format::kTileBytes / 16;
     const int chunk = index % kPerTile, column = index / kPerTile;
     const int channel_tile = first_channel_tile + column % Shape::kTiles, input_tile = tile + column / Shape::kTiles;
     const bool valid = input_tile < tile_end && channel_tile < p.channel_tiles;
-    const uint8_t* from = p.w + packed_tile<Shape::kBits>(valid ? channel_tile : 0, valid ? input_tile : 0, p.input_tiles);
+    const uint8_t* from = p.w + packed_tile<typename Shape::Format>(valid ? channel_tile : 0, valid ? input_tile : 0,
+                                                                    p.input_tiles);
     gpu::copy_async16(stage + index * 16, from + chunk * 16, valid);
   }
   constexpr int kRowChunks = Shape::kWarpsK * Shape::kTokenBytes / 16;
@@ -69,17 +72,27 @@ MQC_D void mma_load_stage(const LinearParams& p, uint32_t stage, int tile, int t
 
 // Multiplies one input tile: `weights` and `tokens` are shared-memory addresses of its parts.
 template <class Shape>
-MQC_D void mma_multiply(int32_t (&sums)[Shape::kI][Shape::kJ][4], uint32_t weights, uint32_t tokens,
+MQC_D void mma_multiply(typename Shape::Sum (&sums)[Shape::kI][Shape::kJ][4], uint32_t weights, uint32_t tokens,
                         int warp_channel, int warp_token, int lane) {
-  MQC_UNROLL
+  using Format = typename Shape::Format;
+  constexpr int kPerGroup = Format::kStepsPerGroup;
+  int32_t group[Shape::kI][Shape::kJ][4];  // sums of the group at hand
+#pragma unroll(kPerGroup < 4 ? 1 : 2)  // registers are scarce where nothing is kept between pairs
   for (int pair = 0; pair < 2; ++pair) {
     uint32_t a[Shape::kI][2][4];
+    float scales[Shape::kI][2][2];  // of the groups that end at step 0 and 1 of the pair
     MQC_UNROLL
     for (int i = 0; i < Shape::kI; ++i) {
       const int fragment = warp_channel * Shape::kI + i;  // of 16 channels, in the block
-      const uint32_t tile = weights + fragment / 4 * kTileBytes<Shape::kBits>;
+      const uint32_t tile = weights + fragment / 4 * Format::kTileBytes;
       const int thread = fragment % 4 * 32 + lane;
-      if constexpr (Shape::kBits == 4) {
+      if constexpr (Format::kGrouped) {
+        MQC_UNROLL
+        for (int step = 0; step < 2; ++step)
+          if ((2 * pair + step) % kPerGroup == kPerGroup - 1)
+            load_scales<Format>(scales[i][step], tile, (2 * pair + step) / kPerGroup, fragment % 4 * 16, lane);
+      }
+      if constexpr (Format::kBits == 4) {
         const gpu::Vector16 packed = gpu::load_shared16(tile + packed_vector(pair, thread));
         MQC_UNROLL
         for (int word = 0; word < 4; ++word)
@@ -100,8 +113,20 @@ MQC_D void mma_multiply(int32_t (&sums)[Shape::kI][Shape::kJ][4], uint32_t weigh
       gpu::load_matrix4(b, tokens + swizzled_chunk(token, pair * 4 + lane / 8));
       MQC_UNROLL
       for (int i = 0; i < Shape::kI; ++i) {
-        gpu::mma_s8(sums[i][j], a[i][0], b[0], b[1]);
-        gpu::mma_s8(sums[i][j], a[i][1], b[2], b[3]);
+        if constexpr (Format::kGrouped) {
+          MQC_UNROLL
+          for (int step = 0; step < 2; ++step) {
+            const int number = 2 * pair + step;
+            if (number % kPerGroup == 0) gpu::mma_s8_first(group[i][j], a[i][step], b[2 * step], b[2 * step + 1]);
+            else gpu::mma_s8(group[i][j], a[i][step], b[2 * step], b[2 * step + 1]);
+            if (number % kPerGroup != kPerGroup - 1) continue;
+            MQC_UNROLL
+            for (int r = 0; r < 4; ++r) sums[i][j][r] = add_group(sums[i][j][r], group[i][j][r], scales[i][step][r / 2]);
+          }
+        } else {
+          gpu::mma_s8(sums[i][j], a[i][0], b[0], b[1]);
+          gpu::mma_s8(sums[i][j], a[i][1], b[2], b[3]);
+        }
       }
     }
   }
@@ -110,12 +135,13 @@ MQC_D void mma_multiply(int32_t (&sums)[Shape::kI][Shape::kJ][4], uint32_t weigh
 // Adds the sums of all blocks of a tile. True in the threads of the block that came last, which then
 // holds the totals; `flag` is 4 bytes of shared memory.
 template <class Shape>
-MQC_D bool mma_reduce_blocks(const LinearParams& p, int32_t (&sums)[Shape::kI][Shape::kJ][4], int tile, int split,
-                             bool holds_sums, int thread, uint32_t* flag) {
+MQC_D bool mma_reduce_blocks(const LinearParams& p, typename Shape::Sum (&sums)[Shape::kI][Shape::kJ][4], int tile,
+                             int split, bool holds_sums, int thread, uint32_t* flag) {
+  using Sum = typename Shape::Sum;
   constexpr int kHolders = 32 * Shape::kWarpsOutput;
-  int32_t* partial = p.partial + static_cast<int64_t>(tile) * p.split_k * Shape::kSums * kHolders;
+  Sum* partial = static_cast<Sum*>(p.partial) + static_cast<int64_t>(tile) * p.split_k * Shape::kSums * kHolders;
   if (holds_sums) {
-    int32_t* mine = partial + static_cast<int64_t>(split) * Shape::kSums * kHolders + thread;
+    Sum* mine = partial + static_cast<int64_t>(split) * Shape::kSums * kHolders + thread;
     MQC_UNROLL
     for (int s = 0; s < Shape::kSums; ++s)
       gpu::store_l2(mine + s * kHolders, sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4]);
@@ -131,12 +157,15 @@ MQC_D bool mma_reduce_blocks(const LinearParams& p, int32_t (&sums)[Shape::kI][S
   if (*flag == 0) return false;
   gpu::fence_device();  // the count before the others' sums
   if (holds_sums) {
+    // Its own sums too are read back: float sums must not depend on which block came last.
     for (int other = 0; other < p.split_k; ++other) {
-      if (other == split) continue;
-      const int32_t* theirs = partial + static_cast<int64_t>(other) * Shape::kSums * kHolders + thread;
+      const Sum* theirs = partial + static_cast<int64_t>(other) * Shape::kSums * kHolders + thread;
       MQC_UNROLL
-      for (int s = 0; s < Shape::kSums; ++s)
-        sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] += gpu::load_l2(theirs + s * kHolders);
+      for (int s = 0; s < Shape::kSums; ++s) {
+        Sum& sum = sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4];
+        const Sum read = gpu::load_l2(theirs + s * kHolders);
+        sum = other == 0 ? read : sum + read;
+      }
     }
   }
   return true;
@@ -156,7 +185,8 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
 
   uint8_t* shared = gpu::shared_memory();
   const uint32_t stages = gpu::shared_address(shared);
-  int32_t sums[Shape::kI][Shape::kJ][4];
+  using Sum = typename Shape::Sum;
+  Sum sums[Shape::kI][Shape::kJ][4];
   MQC_UNROLL
   for (int s = 0; s < Shape::kSums; ++s) sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] = 0;
 
@@ -187,7 +217,7 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
   gpu::sync_block();  // the stages are free for other uses, the scales complete
 
   if constexpr (Shape::kWarpsK > 1) {
-    auto* others = reinterpret_cast<int32_t*>(shared);
+    auto* others = reinterpret_cast<Sum*>(shared);
     const int slot = warp_output * 32 + lane;
     constexpr int kHolders = 32 * Shape::kWarpsOutput;
     if (warp_k > 0) {
@@ -215,7 +245,7 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
   }
 
   constexpr int kPitch = kStagePitch<Shape::kChannels>;
-  auto* output = reinterpret_cast<int32_t*>(shared);
+  auto* output = reinterpret_cast<Sum*>(shared);
   if (warp_k == 0) {
     MQC_UNROLL
     for (int i = 0; i < Shape::kI; ++i) {
@@ -227,15 +257,17 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
   }
   gpu::sync_block();
   write_rows<kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads>(
-      p, output, scales, weight_unit<Shape::kBits>(), first_channel_tile * kTileChannels, first_token, thread);
+      p, output, scales, Shape::Format::kUnit, first_channel_tile * kTileChannels, first_token, thread);
 }
 
 // The shapes that are built, by mqc_linear_kernel 1..5. Decode shapes take 8 warps for 64 channels,
 // each half of them every other input tile. Stages keep within the 99 KB of sm_89.
-template <int kBits> using Mma8 = MmaShape<kBits, 4, 1, 2, 1, 1, 4>;
-template <int kBits> using Mma16 = MmaShape<kBits, 4, 1, 2, 1, 2, 4>;
-template <int kBits> using Mma32 = MmaShape<kBits, 4, 1, 2, 1, 4, 4>;
-template <int kBits> using Mma64 = MmaShape<kBits, 4, 1, 2, 1, 8, kBits == 4 ? 4 : 3>;
-template <int kBits> using Mma128 = MmaShape<kBits, 2, 4, 1, 4, 4, kBits == 4 ? 4 : 3>;
+template <class Format> using Mma8 = MmaShape<Format, 4, 1, 2, 1, 1, 4>;
+template <class Format> using Mma16 = MmaShape<Format, 4, 1, 2, 1, 2, 4>;
+template <class Format> using Mma32 = MmaShape<Format, 4, 1, 2, 1, 4, 4>;
+template <class Format> constexpr int kManyStages = Format::kTileBytes <= 4096 + 256 ? 4 : 3;
+template <class Format> using Mma64 = MmaShape<Format, 4, Format::kGrouped ? 2 : 1, 2, 1, Format::kGrouped ? 4 : 8,
+                                               kManyStages<Format>>;
+template <class Format> using Mma128 = MmaShape<Format, 2, 4, 1, 4, 4, kManyStages<Format>>;
 
 }  // namespace mqc

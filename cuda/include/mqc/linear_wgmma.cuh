@@ -13,8 +13,7 @@ namespace mqc {
 
 constexpr int kMaxSharedBytes = 232448;  // a block of sm_90
 
-template <int kBits_> struct WgmmaShape {
-  static constexpr int kBits = kBits_;
+template <class Format> struct WgmmaShape {
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kM = 2;  // tiles of 64 channels a consumer
@@ -22,7 +21,7 @@ template <int kBits_> struct WgmmaShape {
   static constexpr int kChannels = kTiles * kTileChannels;
   static constexpr int kTokens = 128;
   static constexpr int kTokenBytes = kTokens * kTileInputs;
-  static constexpr int kStageBytes = kTokenBytes + kTiles * kTileBytes<kBits>;
+  static constexpr int kStageBytes = kTokenBytes + kTiles * Format::kTileBytes;
   static constexpr int kOutputTokens = 64;  // rows of y staged at a time
   static constexpr int kPitch = kStagePitch<kTileChannels>;
   static constexpr int kOutputBytes = kOutputTokens * kPitch * 4;
@@ -30,37 +29,68 @@ template <int kBits_> struct WgmmaShape {
   static constexpr int kFit = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kFit < 5 ? kFit : 5;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  static_assert(kStageBytes % 1024 == 0, "stages keep the swizzle's alignment");
   static_assert(kStages >= 3 && 16 * kStages <= 128, "stages to overlap, barriers in 128 bytes");
 };
 
-// The fragments of 64 channels x 128 inputs: a[step] for the four k32 steps. `thread` 0..127.
-template <int kBits> MQC_D void wgmma_load_fragments(uint32_t (&a)[4][4], uint32_t tile, int thread) {
-  if constexpr (kBits == 4) {
+// The fragments of 64 channels x 64 inputs, pair 0 or 1 of the tile: a[step] for its two k32 steps.
+// `thread` 0..127.
+template <class Format> MQC_D void wgmma_load_pair(uint32_t (*a)[4], uint32_t tile, int pair, int thread) {
+  if constexpr (Format::kBits == 4) {
+    const gpu::Vector16 packed = gpu::load_shared16(tile + packed_vector(pair, thread));
     MQC_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-      const gpu::Vector16 packed = gpu::load_shared16(tile + packed_vector(pair, thread));
-      MQC_UNROLL
-      for (int word = 0; word < 4; ++word) {
-        const int step = 2 * pair + word / 2, reg = word % 2 * 2;
-        unpack_int4(packed.word[word], a[step][reg], a[step][reg + 1]);
-      }
-    }
+    for (int word = 0; word < 4; ++word)
+      unpack_int4(packed.word[word], a[word / 2][word % 2 * 2], a[word / 2][word % 2 * 2 + 1]);
   } else {
     MQC_UNROLL
-    for (int step = 0; step < 4; ++step) {
-      const gpu::Vector16 loaded = gpu::load_shared16(tile + packed_vector(step, thread));
+    for (int step = 0; step < 2; ++step) {
+      const gpu::Vector16 loaded = gpu::load_shared16(tile + packed_vector(2 * pair + step, thread));
       MQC_UNROLL
       for (int r = 0; r < 4; ++r) a[step][r] = loaded.word[r];
     }
   }
 }
 
+#if MQC_SM90A
+// Adds the product of 64 channels and the stage's 128 tokens to the float sums: by groups, and by half
+// of the tokens, in int32; each is scaled before the next takes its registers. While a consumer
+// scales, the other one multiplies.
+template <class Format>
+MQC_D void wgmma_add_groups(float (&sums)[64], int32_t (&group)[32], uint64_t tokens, uint32_t tile, int thread) {
+  constexpr int kPerGroup = Format::kStepsPerGroup;
+  constexpr uint64_t kHalf = 64 * 128 >> 4;  // of a descriptor: 64 tokens on
+  uint32_t a[kStepsPerTile][4];
+  MQC_UNROLL
+  for (int first = 0; first < kStepsPerTile; first += kPerGroup) {
+    MQC_UNROLL
+    for (int step = first; step < first + kPerGroup; ++step)
+      if (step % 2 == 0) wgmma_load_pair<Format>(a + step, tile, step / 2, thread);
+    MQC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      gpu::wgmma_fence();
+      gpu::wgmma_s8<kPerGroup>(group, a + first, tokens + half * kHalf + 2 * first);
+      gpu::wgmma_commit();
+      float scales[2];
+      load_scales<Format>(scales, tile, first / kPerGroup, thread / 32 * 16, thread % 32);
+      gpu::wgmma_wait<0>();
+      gpu::wgmma_hold(group);
+      MQC_UNROLL
+      for (int i = 0; i < 32; ++i) {
+        float& sum = sums[32 * half + i];
+        sum = add_group(sum, group[i], scales[i / 2 % 2]);
+      }
+    }
+  }
+}
+#endif
+
 // Grid: as many blocks as multiprocessors; dynamic shared memory Shape::kSharedBytes.
-template <int kBits>
-MQC_KERNEL(WgmmaShape<kBits>::kThreads, 1)
+template <class Format>
+MQC_KERNEL(WgmmaShape<Format>::kThreads, 1)
 linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::TensorMap x_map) {
 #if MQC_SM90A
-  using Shape = WgmmaShape<kBits>;
+  using Shape = WgmmaShape<Format>;
+  using Sum = SumOf<Format>;
   const int thread = gpu::thread_index(), group = thread / 128;
   uint8_t* shared = gpu::shared_memory();
   const uint32_t unaligned = gpu::shared_address(shared);
@@ -83,7 +113,7 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
   const int tiles = channel_blocks * token_blocks;
 
   if (group == 0) {
-    gpu::registers_release<40>();
+    gpu::registers_release<Format::kGrouped ? 24 : 40>();
     if (thread == 0) {
       gpu::prefetch_tensor_map(&x_map);
       int stage = 0;
@@ -95,11 +125,11 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
         for (int input = 0; input < p.input_tiles; ++input) {
           gpu::barrier_wait(empty + 8 * stage, parity);
           const uint32_t barrier = full + 8 * stage, to = stages + stage * Shape::kStageBytes;
-          gpu::barrier_expect(barrier, Shape::kTokenBytes + present * kTileBytes<kBits>);
+          gpu::barrier_expect(barrier, Shape::kTokenBytes + present * Format::kTileBytes);
           gpu::copy_tensor(to, &x_map, input * kTileInputs, at.token * Shape::kTokens, barrier);
           for (int t = 0; t < present; ++t)
-            gpu::copy_bulk(to + Shape::kTokenBytes + t * kTileBytes<kBits>,
-                           p.w + packed_tile<kBits>(first + t, input, p.input_tiles), kTileBytes<kBits>, barrier);
+            gpu::copy_bulk(to + Shape::kTokenBytes + t * Format::kTileBytes,
+                           p.w + packed_tile<Format>(first + t, input, p.input_tiles), Format::kTileBytes, barrier);
           if (++stage == Shape::kStages) {
             stage = 0;
             parity ^= 1;
@@ -108,15 +138,16 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
       }
     }
   } else {
-    gpu::registers_claim<232>();
+    gpu::registers_claim<Format::kGrouped ? 240 : 232>();
     const int consumer = group - 1, local = thread % 128, lane = thread % 32, warp = local / 32;
-    auto* output = reinterpret_cast<int32_t*>(behind + consumer * Shape::kOutputBytes);
+    auto* output = reinterpret_cast<Sum*>(behind + consumer * Shape::kOutputBytes);
     auto* scales = reinterpret_cast<float*>(behind + Shape::kConsumers * Shape::kOutputBytes) + consumer * Shape::kTokens;
     int stage = 0;
     uint32_t parity = 0;
+    int32_t group_sums[32] = {};  // with a scale a group
     for (int tile = gpu::block_x(); tile < tiles; tile += gpu::blocks_x()) {
       const TileIndex at = tile_order(tile, channel_blocks, token_blocks, p.band);
-      int32_t sums[Shape::kM][64];
+      Sum sums[Shape::kM][64];
       MQC_UNROLL
       for (int m = 0; m < Shape::kM; ++m) {
         MQC_UNROLL
@@ -128,13 +159,18 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
         const uint64_t tokens = swizzle128_descriptor(from);
         MQC_UNROLL
         for (int m = 0; m < Shape::kM; ++m) {
-          uint32_t a[4][4];
-          wgmma_load_fragments<kBits>(
-              a, from + Shape::kTokenBytes + (consumer * Shape::kM + m) * kTileBytes<kBits>, local);
-          gpu::wgmma_fence();
-          MQC_UNROLL
-          for (int step = 0; step < 4; ++step) gpu::wgmma_s8(sums[m], a[step], tokens + 2 * step);
-          gpu::wgmma_commit();
+          const uint32_t weights = from + Shape::kTokenBytes + (consumer * Shape::kM + m) * Format::kTileBytes;
+          if constexpr (Format::kGrouped) {
+            wgmma_add_groups<Format>(sums[m], group_sums, tokens, weights, local);
+          } else {
+            uint32_t a[kStepsPerTile][4];
+            MQC_UNROLL
+            for (int pair = 0; pair < 2; ++pair) wgmma_load_pair<Format>(a + 2 * pair, weights, pair, local);
+            gpu::wgmma_fence();
+            MQC_UNROLL
+            for (int step = 0; step < kStepsPerTile; ++step) gpu::wgmma_s8(sums[m], a[step], tokens + 2 * step);
+            gpu::wgmma_commit();
+          }
         }
         gpu::wgmma_wait<0>();
         gpu::sync_warp();
@@ -145,7 +181,8 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
         }
       }
       MQC_UNROLL
-      for (int m = 0; m < Shape::kM; ++m) gpu::wgmma_hold(sums[m]);
+      for (int m = 0; m < Shape::kM; ++m)
+        if constexpr (!Format::kGrouped) gpu::wgmma_hold(sums[m]);
 
       const int token = at.token * Shape::kTokens;
       gpu::sync_named(1 + consumer, 128);  // nobody reads the scales of the previous tile any more
@@ -166,7 +203,7 @@ linear_wgmma_kernel(MQC_GRID_CONSTANT LinearParams p, MQC_GRID_CONSTANT gpu::Ten
         gpu::sync_named(1 + consumer, 128);
         const int channel = (at.channel * Shape::kTiles + consumer * Shape::kM + part / 2) * kTileChannels;
         const int first = kHalf * (part % 2);
-        write_rows<Shape::kPitch, kTileChannels, kHalf, 128>(p, output, scales + first, weight_unit<kBits>(), channel,
+        write_rows<Shape::kPitch, kTileChannels, kHalf, 128>(p, output, scales + first, Format::kUnit, channel,
                                                             token + first, local);
       }
     }

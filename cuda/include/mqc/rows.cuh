@@ -41,8 +41,9 @@ template <class T> MQC_HD float split_term(float x_first, const T* x_split, cons
   return sum;
 }
 
-// Integer sum -> float, in the order of the reference. `unit` undoes what unpacking multiplied.
-MQC_HD float scaled_sum(int32_t sum, float unit, float w_scale, float x_scale) {
+// Integer sum, or the sum of scaled groups -> float, in the order of the reference. `unit` undoes
+// what unpacking multiplied.
+template <class Sum> MQC_HD float scaled_sum(Sum sum, float unit, float w_scale, float x_scale) {
   return mul_rn(mul_rn(mul_rn(static_cast<float>(sum), unit), w_scale), x_scale);
 }
 

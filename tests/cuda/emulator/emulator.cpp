@@ -317,6 +317,13 @@ Vector16 load_shared16(uint32_t address) {
   return v;
 }
 
+float load_shared_float(uint32_t address) {
+  float value;
+  if (address % 4) fail("a 4-byte load from shared memory is misaligned");
+  memcpy(&value, at(address, 4), 4);
+  return value;
+}
+
 // ---- cp.async: done at the latest when its group is waited for ---------------------------------
 void copy_async16(uint32_t to, const void* from, bool valid) {
   if (to % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async is misaligned");
@@ -517,13 +524,15 @@ void wgmma_wait_groups(int pending) {
 // A fragment as in mma.m16n8k32 for rows 16 * warp on; D register i of a lane: column
 // 8 (i / 4) + 2 (lane % 4) + (i & 1), row lane / 4 + 8 ((i / 2) % 2). B by descriptor: rows of 128
 // bytes, row groups of 8 at the stride offset, address bits 4..6 exchanged by bits 7..9.
-void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  const MmaInput in{{a[0], a[1], a[2], a[3]}, {0, 0}, b};
+void wgmma_s8_any(int32_t* d, const uint32_t (&a)[4], uint64_t b, int tokens, bool add) {
+  const MmaInput in{{a[0], a[1], a[2], a[3]}, {static_cast<uint32_t>(tokens), add ? 1u : 0u}, b};
   collective("wgmma_s8", {&in, d, 0}, [](Warp& warp) {
     struct Product {
       int8_t left[16][32];
       int32_t* out[32];
       uint64_t descriptor;
+      uint32_t tokens;
+      bool add;
     };
     if (!warp.fenced) fail("registers change between wgmma without wgmma.fence");
     auto product = std::make_shared<Product>();
@@ -533,25 +542,27 @@ void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
       const uint64_t descriptor = static_cast<const MmaInput*>(warp.lanes[lane].in)->descriptor;
       if (lane && descriptor != product->descriptor) fail("a wgmma descriptor differs between lanes");
       product->descriptor = descriptor;
+      product->tokens = static_cast<const MmaInput*>(warp.lanes[lane].in)->b[0];
+      product->add = static_cast<const MmaInput*>(warp.lanes[lane].in)->b[1] != 0;
     }
     auto run = [product] {
       const uint64_t desc = product->descriptor;
       if (desc >> 62 != 1) fail("a wgmma descriptor is not of 128-byte swizzle");
       const auto start = static_cast<uint32_t>((desc & 0x3FFF) << 4);
       const auto stride = static_cast<uint32_t>(((desc >> 32) & 0x3FFF) << 4);
-      std::vector<int8_t> right(128 * 32);
-      for (uint32_t n = 0; n < 128; ++n)
+      std::vector<int8_t> right(product->tokens * 32);
+      for (uint32_t n = 0; n < product->tokens; ++n)
         for (uint32_t k = 0; k < 32; ++k) {
           uint32_t address = start + n / 8 * stride + n % 8 * 128 + k;
           address ^= (address >> 3) & 0x70;
           right[n * 32 + k] = static_cast<int8_t>(*at(address, 1));
         }
       for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 64; ++i) {
-          const int row = lane / 4 + ((i / 2) % 2) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+        for (uint32_t i = 0; i < product->tokens / 2; ++i) {
+          const uint32_t row = lane / 4 + ((i / 2) % 2) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
           int32_t sum = 0;
           for (int k = 0; k < 32; ++k) sum += product->left[row][k] * right[column * 32 + k];
-          product->out[lane][i] += sum;
+          product->out[lane][i] = product->add ? product->out[lane][i] + sum : sum;
         }
     };
     // Products of one accumulator stay in order: act early only where none is waiting.

@@ -64,6 +64,7 @@ inline void store16(void* global, const Vector16& v) {
 template <class T> T load_l2(const T* global) { return *global; }
 template <class T> void store_l2(T* global, T value) { *global = value; }
 Vector16 load_shared16(uint32_t address);
+float load_shared_float(uint32_t address);
 
 void copy_async16(uint32_t shared, const void* global, bool valid);
 void copy_async_commit();
@@ -73,6 +74,10 @@ template <int kPending> void copy_async_wait() { copy_async_wait_groups(kPending
 void load_matrix4(uint32_t (&r)[4], uint32_t address);
 void load_matrix4_transposed(uint32_t (&r)[4], uint32_t address);
 void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+inline void mma_s8_first(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (int32_t& value : d) value = 0;
+  mma_s8(d, a, b0, b1);
+}
 void mma_half_any(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_bf16);
 template <class T> void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma_half_any(d, a, b0, b1, std::is_same_v<T, bf16>);
@@ -92,8 +97,13 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait_groups(int pending);
 template <int kPending> void wgmma_wait() { wgmma_wait_groups(kPending); }
-void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b);
-inline void wgmma_hold(int32_t (&)[64]) {}
+// d [tokens / 2]; tokens 64 or 128. Without `add` d is not read.
+void wgmma_s8_any(int32_t* d, const uint32_t (&a)[4], uint64_t b, int tokens, bool add);
+inline void wgmma_s8(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) { wgmma_s8_any(d, a, b, 128, true); }
+template <int kSteps> void wgmma_s8(int32_t (&d)[32], const uint32_t (*a)[4], uint64_t b) {
+  for (int step = 0; step < kSteps; ++step) wgmma_s8_any(d, a[step], b + 2 * step, 64, step > 0);
+}
+template <int kCount> void wgmma_hold(int32_t (&)[kCount]) {}
 
 }  // namespace mqc::gpu
 

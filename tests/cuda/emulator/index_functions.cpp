@@ -1,4 +1,5 @@
 // The index maps of mqc/layout.cuh and number functions, callable from the tests.
+#include "linear_launch.h"
 #include "mqc/gpu.cuh"
 #include "mqc/layout.cuh"
 #include "mqc/rows.cuh"
@@ -7,15 +8,15 @@
 
 using namespace mqc;
 
-template <int kBits> static void unpack(const uint8_t* packed, int n, int k, int8_t* out) {
+template <class Format> static void unpack(const uint8_t* packed, int n, int k, int8_t* out, float* scales) {
   const int64_t input_tiles = ceil_div(k, kTileInputs), columns = input_tiles * kTileInputs;
   for (int64_t ct = 0; ct < ceil_div(n, kTileChannels); ++ct)
     for (int64_t it = 0; it < input_tiles; ++it)
       for (int step = 0; step < kStepsPerTile; ++step)
         for (int thread = 0; thread < 128; ++thread) {
-          const uint8_t* tile = packed + packed_tile<kBits>(ct, it, input_tiles);
+          const uint8_t* tile = packed + packed_tile<Format>(ct, it, input_tiles);
           uint32_t words[4], a[4];
-          if (kBits == 4) {
+          if (Format::kBits == 4) {
             memcpy(words, tile + packed_vector(step / 2, thread), 16);
             for (int half = 0; half < 2; ++half)
               unpack_int4(words[step % 2 * 2 + half], a[2 * half], a[2 * half + 1]);
@@ -27,13 +28,18 @@ template <int kBits> static void unpack(const uint8_t* packed, int n, int k, int
               const int64_t row = ct * kTileChannels + fragment_row(thread, reg);
               const int64_t column = it * kTileInputs + step * kStepInputs + fragment_input(thread, reg, byte);
               out[row * columns + column] = static_cast<int8_t>(a[reg] >> (8 * byte));
+              if constexpr (Format::kGrouped) {
+                const int group = step / Format::kStepsPerGroup;
+                memcpy(scales + row * columns + column, tile + packed_scale<Format>(group, row % kTileChannels), 4);
+              }
             }
         }
 }
 
-// out: int8 [ceil64(n), ceil128(k)], int4 values times 16.
-EXPORT void test_unpack(int bits, const uint8_t* packed, int n, int k, int8_t* out) {
-  bits == 4 ? unpack<4>(packed, n, k, out) : unpack<8>(packed, n, k, out);
+// out: int8 [ceil64(n), ceil128(k)], int4 values times 16; scales: of the same shape, where the layout
+// (mqc_layout) has groups.
+EXPORT void test_unpack(int layout, const uint8_t* packed, int n, int k, int8_t* out, float* scales) {
+  by_format(layout, [&](auto format) { unpack<decltype(format)>(packed, n, k, out, scales); });
 }
 
 // signs: int8 [base, base] of +-1.
