@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int64_t kFewTokens = 4;   // below, keys are read where they are, once
+constexpr int64_t kFewTokens = 4;   // below, rows over a cache are read one by one
 constexpr int64_t kTaskRows = 96;   // query rows (tokens times heads of a group) of a task
 constexpr int64_t kSplitKeys = 512; // keys of a task where a long cache is split
 
@@ -17,22 +17,20 @@ void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
     *plan = {};
     plan->key_blocks = layout.blocks;
     plan->appends = a->key_cache ? a->batch * a->tokens : a->mask ? a->mask_batch * a->tokens : 0;
+    plan->workspace = layout.states + layout.packed(a);
+    if (!a->key_cache) plan->packs = heads * layout.blocks;
     if (a->tokens >= kFewTokens || !a->key_cache) {
         const int64_t wanted = group < kTaskRows ? kTaskRows / group : 1;
         plan->query_block = wanted < a->tokens ? wanted : a->tokens;
-        plan->packs = heads * layout.blocks;
         plan->tasks = heads * ((a->tokens + plan->query_block - 1) / plan->query_block);
-        plan->workspace = layout.states + plan->packs * layout.block_size;
+        plan->scratch = layout.lanes_scratch(a, plan->query_block * group);
     } else {
-        plan->query_block = a->tokens;
         plan->split = (layout.length + kSplitKeys - 1) / kSplitKeys;
         plan->tasks = heads * plan->split;
-        plan->workspace = layout.states;
+        plan->scratch = layout.rows_scratch(a, a->tokens * group);
         if (plan->split > 1) {
             plan->combines = a->batch * a->tokens * a->heads;
             plan->workspace += plan->tasks * group * a->tokens * (a->value_dim + 2);
         }
     }
-    // Queries, outputs, scores, maxima and sums of a task's rows.
-    plan->scratch = plan->query_block * group * (a->dim + layout.width + kKeyBlock + 2);
 }

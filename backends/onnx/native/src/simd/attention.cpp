@@ -1,213 +1,157 @@
 // Attention over a buffered cache or without one, with an online softmax (Milakov & Gimelshein,
 // 2018) over blocks of 64 keys, so that no row of scores is longer than a block (Dao et al., 2022).
 //
-// The query heads that share a key head are rows of one product. Several tokens: keys are packed
-// once into [block, dim, 64], and both products run in register tiles. One or few tokens over a
-// cache: every key is read once, and long caches are split between tasks. Without a cache values
-// are packed beside their keys, in rows of whole vectors.
+// The query heads that share a key head are rows of one product. Several rows stand in the lanes
+// of vectors: scores [keys, rows] and outputs [value_dim, rows] are made of keys and values as they
+// lie, one number at a time, maxima and sums need no step across lanes. attention_few.cpp is for a
+// few tokens over a cache.
 #include <math.h>
 
-#include "attention_layout.h"
-#include "mqc_layers.h"
+#include "simd/attention_few.h"
+#include "simd/attention_tile.h"
 #include "simd/table.h"
-#include "simd/vec.h"
 
 namespace mqc::MQC_ISA {
 namespace {
 
-// A register tile: kRows rows of kNv vectors, fitting 32 registers of AVX-512 or else 16.
-constexpr int64_t kNv = kLanes == 16 ? 4 : 2;
-constexpr int64_t kRows = kLanes == 4 ? 4 : 6;
+constexpr float kLowest = -3e38f;  // no score yet; finite, so that differences are no NaN
 
-void rotate(const mqc_attention* a, const float* x, int64_t row, float scale, float* y) {
-    const int64_t n = a->rotary == MQC_ROTARY_NONE ? 0 : a->rotary_dim;
-    const int64_t angle = (a->angle_batch == 1 ? row % a->tokens : row) * n;
-    const float* c = a->cosine + angle;
-    const float* s = a->sine + angle;
-    if (a->rotary == MQC_ROTARY_HALF) {
-        const int64_t h = n / 2;
-        for (int64_t i = 0; i < h; i++) {
-            const float low = x[i], high = x[i + h];
-            y[i] = (low * c[i] - high * s[i]) * scale;
-            y[i + h] = (high * c[i + h] + low * s[i + h]) * scale;
-        }
-    } else {
-        for (int64_t i = 0; i < n; i += 2) {
-            const float low = x[i], high = x[i + 1];
-            y[i] = (low * c[i] - high * s[i]) * scale;
-            y[i + 1] = (high * c[i + 1] + low * s[i + 1]) * scale;
-        }
-    }
-    for (int64_t i = n; i < a->dim; i++) y[i] = x[i] * scale;
-}
+// The rows of a task: tokens [first, first + count) of sequence b, all query heads of a key head;
+// row = token * group + head in the group. All in columns: [.., size].
+struct Lanes {
+    int64_t b, head, first, count, group, rows, size;
+    float *query, *out, *scores, *maxima, *sums, *factor, *line;
+    int32_t* allowed;  // [64, size], all bits set where a row may attend
 
-// C [R, N * kLanes] (+)= A [R, depth] B [depth, ...], rows of C at ldc, of A at lda, of B at ldb.
-template <int64_t R, int64_t N, bool Add>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
-                 int64_t ldc) {
-    vf total[R][N];
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t j = 0; j < N; j++) total[r][j] = Add ? load(c + r * ldc + j * kLanes) : vf{};
-    for (int64_t k = 0; k < depth; k++) {
-        vf line[N];
-        for (int64_t j = 0; j < N; j++) line[j] = load(b + k * ldb + j * kLanes);
-        for (int64_t r = 0; r < R; r++) {
-            const vf x = splat(a[r * lda + k]);
-            for (int64_t j = 0; j < N; j++) total[r][j] += x * line[j];
-        }
-    }
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t j = 0; j < N; j++) store(c + r * ldc + j * kLanes, total[r][j]);
-}
-
-template <int64_t N, bool Add>
-inline void panel(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
-                  int64_t depth, float* c, int64_t ldc) {
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
-        tile<kRows, N, Add>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
-    for (; r + 2 <= rows; r += 2)
-        tile<2, N, Add>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
-    if (r < rows) tile<1, N, Add>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
-}
-
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns].
-template <bool Add>
-void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth,
-             int64_t columns, float* c, int64_t ldc) {
-    int64_t j = 0;
-    for (int64_t left = columns / kLanes, n; left > 0; left -= n, j += n * kLanes) {
-        // A tile of one vector waits for its sums: five vectors are three and two.
-        n = left < kNv ? left : (left == kNv + 1 && kNv > 2 ? kNv - 1 : kNv);
-        if (n == kNv)
-            panel<kNv, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
-        else if (kNv > 2 && n == 3)
-            panel<3, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
-        else if (kNv > 2 && n == 2)
-            panel<2, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
-        else
-            panel<1, Add>(a, lda, b + j, ldb, rows, depth, c + j, ldc);
-    }
-    for (; j < columns; j++)
-        for (int64_t r = 0; r < rows; r++) {
-            float total = Add ? c[r * ldc + j] : 0.0f;
-            for (int64_t k = 0; k < depth; k++) total += a[r * lda + k] * b[k * ldb + j];
-            c[r * ldc + j] = total;
-        }
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-    vf total = {}, second = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-        total += load(a + i) * load(b + i);
-        second += load(a + i + kLanes) * load(b + i + kLanes);
-    }
-    for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
-    if (i < n) second += load_part(a + i, n - i) * load_part(b + i, n - i);
-    return sum(total + second);
-}
-
-// Scores of one row become probabilities relative to the new maximum; sums and the running output
-// are rescaled. `width` keys count, the others of the block get 0.
-void soften(float* score, int64_t width, const uint8_t* mask, float* maximum, float* denominator,
-            float* out, int64_t dim) {
-    for (int64_t i = width; i < kKeyBlock; i++) score[i] = -INFINITY;
-    if (mask)
-        for (int64_t i = 0; i < width; i++) score[i] = mask[i] ? score[i] : -INFINITY;
-    vf high = load(score);
-    for (int64_t i = kLanes; i < kKeyBlock; i += kLanes) high = max(high, load(score + i));
-    const float best = top(high);
-    const float next = best > *maximum ? best : *maximum;
-    if (next == -INFINITY) {  // nothing to see in this block, nor before
-        for (int64_t i = 0; i < kKeyBlock; i++) score[i] = 0;
-        return;
-    }
-    vf total = {};
-    for (int64_t i = 0; i < kKeyBlock; i += kLanes) {
-        vf p = exponential(load(score + i) - next);
-        total += p;
-        store(score + i, p);
-    }
-    if (next > *maximum) {
-        const float shrink = *maximum == -INFINITY ? 0.0f : expf(*maximum - next);
-        for (int64_t d = 0; d < dim; d++) out[d] *= shrink;
-        *denominator *= shrink;
-        *maximum = next;
-    }
-    *denominator += sum(total);
-}
-
-// The rows of a task: tokens [first, first + count) of sequence b, all heads of key head `head`;
-// row = token * group + head in the group.
-struct Rows {
-    int64_t b, head, first, count, group, rows, width;
-    float *query, *out, *scores, *maxima, *sums;
-
-    Rows(const mqc_attention* a, const AttentionLayout& layout, int64_t pair, int64_t from,
-         int64_t tokens, float* scratch)
+    Lanes(const mqc_attention* a, int64_t pair, int64_t from, int64_t tokens, float* scratch)
         : b(pair / a->kv_heads),
           head(pair % a->kv_heads),
           first(from),
           count(tokens),
           group(a->heads / a->kv_heads),
           rows(count * group),
-          width(layout.width),
+          size(whole(rows)),
           query(scratch),
-          out(query + rows * a->dim),
-          scores(out + rows * width),
-          maxima(scores + rows * kKeyBlock),
-          sums(maxima + rows) {
-        for (int64_t t = 0; t < count; t++) {
-            const int64_t row = b * a->tokens + first + t;
-            for (int64_t g = 0; g < group; g++)
-                rotate(a, a->q + row * a->q_stride + (head * group + g) * a->dim, row, a->scale,
-                       query + (t * group + g) * a->dim);
+          out(query + size * a->dim),
+          scores(out + size * a->value_dim),
+          maxima(scores + size * kKeyBlock),
+          sums(maxima + size),
+          factor(sums + size),
+          line(factor + size),
+          allowed(reinterpret_cast<int32_t*>(line + kWidest * a->dim)) {
+        for (int64_t r = 0; r < size; r += kLanes) turn_queries(a, r);
+        memset(out, 0, static_cast<size_t>(size * a->value_dim) * sizeof(float));
+        memset(sums, 0, static_cast<size_t>(size) * sizeof(float));
+        for (int64_t r = 0; r < size; r++) maxima[r] = kLowest;
+    }
+
+    // Columns [start, start + kLanes) of the turned queries; 0 where there is no row. The scores
+    // are exponents of two.
+    void turn_queries(const mqc_attention* a, int64_t start) {
+        const int64_t there = rows - start < kLanes ? rows - start : kLanes;
+        for (int64_t i = 0; i < there; i++) {
+            const int64_t token = b * a->tokens + first + (start + i) / group;
+            const int64_t h = head * group + (start + i) % group;
+            rotate(a, a->q + token * a->q_stride + h * a->dim, token,
+                   a->scale * 1.44269504088896341f, line + i * a->dim);
         }
-        for (int64_t i = 0; i < rows * width; i++) out[i] = 0;
-        for (int64_t r = 0; r < rows; r++) {
-            maxima[r] = -INFINITY;
-            sums[r] = 0;
+        for (int64_t i = there < 0 ? 0 : there; i < kLanes; i++)
+            memset(line + i * a->dim, 0, static_cast<size_t>(a->dim) * sizeof(float));
+        int64_t d = 0;
+        for (vf x[kLanes]; d + kLanes <= a->dim; d += kLanes) {
+            for (int64_t i = 0; i < kLanes; i++) x[i] = load(line + i * a->dim + d);
+            turn(x);
+            for (int64_t i = 0; i < kLanes; i++) store(query + (d + i) * size + start, x[i]);
         }
+        for (; d < a->dim; d++)
+            for (int64_t i = 0; i < kLanes; i++)
+                query[d * size + start + i] = line[i * a->dim + d];
     }
 };
 
-// Whether no row of the task may see any key of a block.
-bool hidden(const mqc_attention* a, const AttentionLayout& layout, float* workspace, const Rows& w,
-            int64_t block) {
-    if (!a->mask) return false;
+// What the task's rows may see of a block.
+uint8_t state_of(const mqc_attention* a, const AttentionLayout& layout, float* workspace,
+                 const Lanes& w, int64_t block) {
+    if (!a->mask) return kAll;
+    uint8_t least = kAll, most = kNone;
     for (int64_t t = 0; t < w.count; t++) {
         const int64_t row = layout.mask_row(a, w.b, w.first + t);
-        if (layout.state_of(a, workspace, row)[block] != kNone) return false;
+        const uint8_t state = layout.state_of(a, workspace, row)[block];
+        least = state < least ? state : least;
+        most = state > most ? state : most;
     }
-    return true;
+    return most == kNone ? kNone : least == kAll ? kAll : kSome;
 }
 
-// Scores of a block are there: soften them and add the block's values.
-void absorb(const mqc_attention* a, const AttentionLayout& layout, float* workspace, Rows& w,
-            int64_t block) {
-    const int64_t start = block * kKeyBlock;
-    const int64_t width = layout.length - start < kKeyBlock ? layout.length - start : kKeyBlock;
+// Lets every row of the block's scores see what its mask allows.
+void forbid(const mqc_attention* a, const AttentionLayout& layout, const Lanes& w, int64_t start,
+            int64_t width) {
     for (int64_t t = 0; t < w.count; t++) {
-        const int64_t row = layout.mask_row(a, w.b, w.first + t);
-        const uint8_t* states = layout.state_of(a, workspace, row);
-        const bool all = !states || states[block] == kAll;
-        const uint8_t* mask = all ? nullptr : a->mask + row * a->mask_columns + start;
-        for (int64_t r = t * w.group; r < (t + 1) * w.group; r++)
-            soften(w.scores + r * kKeyBlock, width, mask, w.maxima + r, w.sums + r,
-                   w.out + r * w.width, w.width);
+        const uint8_t* mask =
+            a->mask + layout.mask_row(a, w.b, w.first + t) * a->mask_columns + start;
+        for (int64_t i = 0; i < width; i++)
+            for (int64_t g = 0; g < w.group; g++)
+                w.allowed[i * w.size + t * w.group + g] = -(mask[i] != 0);
     }
-    const float* values = layout.values(a, workspace, w.b * a->kv_heads + w.head, block);
-    product<true>(w.scores, kKeyBlock, values, w.width, w.rows, width, w.width, w.out, w.width);
+    for (int64_t r = 0; r < w.size; r += kLanes)
+        for (int64_t i = 0; i < width; i++) {
+            vi mask;
+            memcpy(&mask, w.allowed + i * w.size + r, sizeof mask);
+            float* score = w.scores + i * w.size + r;
+            store(score, mask ? load(score) : splat(-INFINITY));
+        }
 }
 
-void finish(const mqc_attention* a, const Rows& w) {
-    for (int64_t r = 0; r < w.rows; r++) {
-        const int64_t row = w.b * a->tokens + w.first + r / w.group;
-        const int64_t size = a->value_dim;
-        float* to = a->out + (row * a->heads + w.head * w.group + r % w.group) * size;
-        const float inverse = w.sums[r] > 0 ? 1.0f / w.sums[r] : 0.0f;
-        for (int64_t d = 0; d < size; d++) to[d] = w.out[r * w.width + d] * inverse;
+// Scores of a block become probabilities relative to the new maxima; `factor` rescales what was
+// there before.
+template <bool Masked>
+void soften(const Lanes& w, int64_t width) {
+    for (int64_t r = 0; r < w.size; r += kLanes) {
+        const vf before = load(w.maxima + r);
+        vf high = before, second = before;
+        float* score = w.scores + r;
+        int64_t i = 0;
+        for (; i + 2 <= width; i += 2) {
+            high = max(high, load(score + i * w.size));
+            second = max(second, load(score + (i + 1) * w.size));
+        }
+        if (i < width) second = max(second, load(score + i * w.size));
+        high = max(high, second);
+        vf total = {};
+        for (i = 0; i < width; i++) {
+            const vf p = power_of_two<Masked>(load(score + i * w.size) - high);
+            store(score + i * w.size, p);
+            total += p;
+        }
+        const vf shrink = power_of_two<false>(before - high);
+        store(w.maxima + r, high);
+        store(w.factor + r, shrink);
+        store(w.sums + r, load(w.sums + r) * shrink + total);
+    }
+}
+
+void finish(const mqc_attention* a, const Lanes& w) {
+    const int64_t size = a->value_dim;
+    for (int64_t r = 0; r < w.rows; r += kLanes) {
+        const vf sum = load(w.sums + r);
+        const vf inverse = sum > 0.0f ? 1.0f / sum : vf{};
+        const int64_t there = w.rows - r < kLanes ? w.rows - r : kLanes;
+        float* to[kLanes];
+        for (int64_t i = 0; i < there; i++) {
+            const int64_t token = w.b * a->tokens + w.first + (r + i) / w.group;
+            to[i] = a->out + (token * a->heads + w.head * w.group + (r + i) % w.group) * size;
+        }
+        int64_t d = 0;
+        for (vf x[kLanes]; d + kLanes <= size; d += kLanes) {
+            for (int64_t i = 0; i < kLanes; i++)
+                x[i] = load(w.out + (d + i) * w.size + r) * inverse;
+            turn(x);
+            for (int64_t i = 0; i < there; i++) store(to[i] + d, x[i]);
+        }
+        for (; d < size; d++) {
+            const vf x = load(w.out + d * w.size + r) * inverse;
+            for (int64_t i = 0; i < there; i++) to[i][d] = x[i];
+        }
     }
 }
 
@@ -219,45 +163,12 @@ void note_states(const mqc_attention* a, const AttentionLayout& layout, float* w
     for (int64_t block = 0; block < layout.blocks; block++) {
         const int64_t start = block * kKeyBlock;
         const int64_t end = start + kKeyBlock < layout.length ? start + kKeyBlock : layout.length;
-        uint8_t seen = 0;  // at most 64
-        for (int64_t i = start; i < end; i++) seen = static_cast<uint8_t>(seen + (mask[i] != 0));
-        state[block] = seen == 0 ? kNone : (seen == end - start ? kAll : kSome);
-    }
-}
-
-// to[d, i] = from[i, d]: `width` keys, the others of the block 0; eight at a time, so that their
-// lines stay near.
-void transpose(const float* from, int64_t width, int64_t dim, float* to) {
-    constexpr int64_t step = 8;
-    int64_t i = 0;
-    for (; i + step <= width; i += step)
-        for (int64_t d = 0; d < dim; d++) {
-            float line[step];
-            for (int64_t j = 0; j < step; j++) line[j] = from[(i + j) * dim + d];
-            memcpy(to + d * kKeyBlock + i, line, sizeof line);
+        uint8_t any = 0, all = 1;  // a bool is 0 or 1
+        for (int64_t i = start; i < end; i++) {
+            any = static_cast<uint8_t>(any | mask[i]);
+            all = static_cast<uint8_t>(all & mask[i]);
         }
-    for (int64_t d = 0; i < kKeyBlock && d < dim; d++)
-        for (int64_t j = i; j < kKeyBlock; j++)
-            to[d * kKeyBlock + j] = j < width ? from[j * dim + d] : 0;
-}
-
-// Turned keys and values of a block where there is no cache. The room of the values holds the
-// turned keys first.
-void pack_rows(const mqc_attention* a, const AttentionLayout& layout, int64_t head, int64_t start,
-               int64_t width, float* to) {
-    const int64_t b = head / a->kv_heads, h = head % a->kv_heads;
-    float* values = to + a->dim * kKeyBlock;
-    for (int64_t i = 0; i < width; i++) {
-        const int64_t row = b * a->keys + start + i;
-        rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, values + i * a->dim);
-    }
-    transpose(values, width, a->dim, to);
-    for (int64_t i = 0; i < width; i++) {
-        const int64_t row = b * a->keys + start + i;
-        float* line = values + i * layout.width;
-        memcpy(line, a->v + row * a->v_stride + h * a->value_dim,
-               static_cast<size_t>(a->value_dim) * sizeof(float));
-        for (int64_t d = a->value_dim; d < layout.width; d++) line[d] = 0;
+        state[block] = any == 0 ? kNone : all == 1 ? kAll : kSome;
     }
 }
 
@@ -277,101 +188,50 @@ void attention_append(const mqc_attention* a, const mqc_attention_plan*, float* 
     }
 }
 
+// Turned keys and values of a block where there is no cache: a head's rows side by side.
 void attention_pack(const mqc_attention* a, const mqc_attention_plan* plan, float* workspace,
                     int64_t task) {
     const AttentionLayout layout(a);
-    const int64_t head = task / plan->key_blocks, block = task % plan->key_blocks;
-    const int64_t start = block * kKeyBlock;
-    const int64_t width = layout.length - start < kKeyBlock ? layout.length - start : kKeyBlock;
-    float* to = layout.keys(workspace, head, block);
-    if (a->key_cache)
-        transpose(a->key_cache + (head * a->capacity + start) * a->dim, width, a->dim, to);
-    else
-        pack_rows(a, layout, head, start, width, to);
-}
-
-namespace {
-
-void attend_packed(const mqc_attention* a, const mqc_attention_plan* plan, float* workspace,
-                   float* scratch, int64_t task) {
-    const AttentionLayout layout(a);
-    const int64_t pairs = a->batch * a->kv_heads, size = plan->query_block;
-    // The last tokens see most keys: they go first, so that no long task is left for the end.
-    const int64_t first = (plan->tasks - 1 - task) / pairs * size;
-    const int64_t count = a->tokens - first < size ? a->tokens - first : size;
-    const int64_t pair = (plan->tasks - 1 - task) % pairs;
-    Rows w(a, layout, pair, first, count, scratch);
-    for (int64_t block = 0; block < layout.blocks; block++) {
-        if (hidden(a, layout, workspace, w, block)) continue;
-        product<false>(w.query, a->dim, layout.keys(workspace, pair, block), kKeyBlock, w.rows,
-                       a->dim, kKeyBlock, w.scores, kKeyBlock);
-        absorb(a, layout, workspace, w, block);
-    }
-    finish(a, w);
-}
-
-void attend_split(const mqc_attention* a, const mqc_attention_plan* plan, float* workspace,
-                  float* scratch, int64_t task) {
-    const AttentionLayout layout(a);
-    const int64_t pair = task / plan->split, part = task % plan->split;
-    Rows w(a, layout, pair, 0, a->tokens, scratch);
-    const int64_t begin = layout.blocks * part / plan->split;
-    const int64_t end = layout.blocks * (part + 1) / plan->split;
-    for (int64_t block = begin; block < end; block++) {
-        if (hidden(a, layout, workspace, w, block)) continue;
-        const int64_t start = block * kKeyBlock;
-        const int64_t last = start + kKeyBlock < layout.length ? start + kKeyBlock : layout.length;
-        for (int64_t i = start; i < last; i++) {
-            const float* key = a->key_cache + (pair * a->capacity + i) * a->dim;
-            for (int64_t r = 0; r < w.rows; r++)
-                w.scores[r * kKeyBlock + i - start] = dot(w.query + r * a->dim, key, a->dim);
-        }
-        absorb(a, layout, workspace, w, block);
-    }
-    if (plan->split == 1) return finish(a, w);
-    float* to = layout.partial(a, workspace, task);
-    for (int64_t r = 0; r < w.rows; r++, to += a->value_dim + 2) {
-        to[0] = w.maxima[r];
-        to[1] = w.sums[r];
-        memcpy(to + 2, w.out + r * a->value_dim,
+    const int64_t head = task / plan->key_blocks, b = head / a->kv_heads, h = head % a->kv_heads;
+    const int64_t start = task % plan->key_blocks * kKeyBlock;
+    const int64_t end = start + kKeyBlock < layout.length ? start + kKeyBlock : layout.length;
+    float* keys = layout.own_keys(a, workspace, head);
+    float* values = layout.own_values(a, workspace, head);
+    for (int64_t i = start; i < end; i++) {
+        const int64_t row = b * a->keys + i;
+        rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, keys + i * a->dim);
+        memcpy(values + i * a->value_dim, a->v + row * a->v_stride + h * a->value_dim,
                static_cast<size_t>(a->value_dim) * sizeof(float));
     }
 }
 
-}  // namespace
-
 void attention_attend(const mqc_attention* a, const mqc_attention_plan* plan, float* workspace,
                       float* scratch, int64_t task) {
-    if (plan->packs)
-        attend_packed(a, plan, workspace, scratch, task);
-    else
-        attend_split(a, plan, workspace, scratch, task);
-}
-
-// The parts of one token and query head.
-void attention_combine(const mqc_attention* a, const mqc_attention_plan* plan,
-                       const float* workspace, int64_t task) {
+    if (plan->split) return attend_few(a, plan, workspace, scratch, task);
     const AttentionLayout layout(a);
-    const int64_t group = a->heads / a->kv_heads, row = task / a->heads, h = task % a->heads;
-    const int64_t b = row / a->tokens, t = row % a->tokens, size = a->value_dim;
-    const int64_t first = (b * a->kv_heads + h / group) * plan->split;
-    const int64_t offset = (t * group + h % group) * (size + 2);
-    float best = -INFINITY, total = 0;
-    for (int64_t part = 0; part < plan->split; part++) {
-        const float* from = layout.partial(a, workspace, first + part) + offset;
-        best = from[0] > best ? from[0] : best;
+    const int64_t size = plan->query_block, shares = (a->tokens + size - 1) / size;
+    // The keys of a head stay in the cache from task to task. Its last tokens, which see most
+    // keys, go first: no long task is left for the end.
+    const int64_t pair = task / shares, first = (shares - 1 - task % shares) * size;
+    const int64_t count = a->tokens - first < size ? a->tokens - first : size;
+    Lanes w(a, pair, first, count, scratch);
+    for (int64_t block = 0; block < layout.blocks; block++) {
+        const uint8_t state = state_of(a, layout, workspace, w, block);
+        if (state == kNone) continue;
+        const int64_t start = block * kKeyBlock;
+        const int64_t left = layout.length - start, width = left < kKeyBlock ? left : kKeyBlock;
+        product<false, kSet>(layout.keys(a, workspace, pair, start), a->dim, w.query, w.size, width,
+                             a->dim, w.size, w.scores, w.size, nullptr);
+        if (state == kSome) {
+            forbid(a, layout, w, start, width);
+            soften<true>(w, width);
+        } else {
+            soften<false>(w, width);
+        }
+        product<true, kScaled>(layout.values(a, workspace, pair, start), a->value_dim, w.scores,
+                               w.size, a->value_dim, width, w.size, w.out, w.size, w.factor);
     }
-    float* to = a->out + task * size;
-    for (int64_t d = 0; d < size; d++) to[d] = 0;
-    for (int64_t part = 0; part < plan->split; part++) {
-        const float* from = layout.partial(a, workspace, first + part) + offset;
-        if (from[0] == -INFINITY) continue;
-        const float weight = expf(from[0] - best);
-        total += weight * from[1];
-        for (int64_t d = 0; d < size; d++) to[d] += weight * from[2 + d];
-    }
-    const float inverse = total > 0 ? 1.0f / total : 0.0f;
-    for (int64_t d = 0; d < size; d++) to[d] *= inverse;
+    finish(a, w);
 }
 
 }  // namespace mqc::MQC_ISA
