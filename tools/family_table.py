@@ -7,7 +7,8 @@
 
 Each family is a small model with random weights, built from transformers' own classes
 (mqc/testing/families). It is captured, goes through all passes of scheme w4a8, and generates on the
-targets reference and onnx, for prompts with no image, one and several. Rows are kept in
+targets reference and onnx, for prompts with no image, one and several, and with videos where the
+family takes them. Rows are kept in
 ``tools/results/families.json`` and written as they come, so that a run can be cut off and go on.
 """
 
@@ -30,8 +31,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 HEAD = (
     "| family | captured | streams rotated: vision, LLM | online rotations left "
-    "| linears quantized | float64 error | onnx = reference | AIFS on = off | s |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| linears quantized | float64 error | videos | onnx = reference | AIFS on = off | s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -42,7 +43,7 @@ def table(rows: dict[str, Any]) -> str:
 
 def line(row: dict[str, Any]) -> str:
     if not row["captured"]:
-        return f"| {row['family']} | no: {row['reason']} |" + " |" * 7
+        return f"| {row['family']} | no: {row['reason']} |" + " |" * 8
     streams = ", ".join("{}/{}".format(*row["streams"][kind]) for kind in ("vision", "language"))
     cells = [
         row["family"],
@@ -51,6 +52,7 @@ def line(row: dict[str, Any]) -> str:
         str(row["online_rotations"]),
         f"{row['quantized']}/{row['linears']}",
         f"{row['float_error']:.0e}",
+        "no such prompts" if row["video_error"] is None else f"yes, {row['video_error']:.0e}",
         percent(row["onnx_agreement"]),
         percent(row["aifs_agreement"]),
         f"{row['seconds']:.0f}",

@@ -113,7 +113,10 @@ def open_video(part: Mapping[str, Any], base: Path | None = None) -> Video:
         return _listed(f"folder {text!r}", files, fps, None)
     if not path.is_file():
         raise UsageError(f"video {text!r} does not exist", hint="check the path")
-    return replace(_recorded(path, f"video {text!r}"), rate=fps)
+    video = _recorded(path, f"video {text!r}")
+    if video.fps is None:  # no times, as in a list
+        return replace(video, fps=fps, chosen=True)
+    return replace(video, rate=fps)
 
 
 def _rate(value: Any) -> float | None:

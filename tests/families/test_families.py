@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mqc.testing.families import FAMILIES
+from mqc.testing.families.chats import CHATS
 from mqc.testing.families.row import measure
 
 ONLINE = {
@@ -30,6 +31,8 @@ def test_family(name: str) -> None:
     assert row.captured, row.reason
     assert row.capture_error is not None and row.capture_error <= 1e-6
     assert row.float_error is not None and row.float_error <= 1e-10
+    assert (row.video_error is None) == (name not in CHATS)
+    assert row.video_error is None or row.video_error <= 1e-10
     for kind, (rotated, found) in row.streams.items():
         assert rotated == found >= 1, kind
     assert row.online_rotations == ONLINE.get(name, 0), row.skips

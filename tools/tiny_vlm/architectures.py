@@ -41,6 +41,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
+    "{% elif part['type'] == 'video' %}{{ 'VIDEO' }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -166,6 +167,7 @@ def qwen2_vl() -> tuple[PreTrainedModel, Any]:
         patch_size=PATCH, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=192**2
     )
     template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = template.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>")
     processor = ImageOnlyQwen2VLProcessor(images, tokenizer, None, chat_template=template)
     return Qwen2VLForConditionalGeneration(config), processor
 
@@ -262,7 +264,7 @@ def internvl() -> tuple[PreTrainedModel, Any]:
         tokenizer,
         None,
         image_seq_length=(IMAGE // PATCH // 2) ** 2,
-        chat_template=CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        chat_template=CHATML.replace("IMAGE", "<IMG_CONTEXT>\n").replace("VIDEO", "<video>\n"),
     )
     return InternVLForConditionalGeneration(config), processor
 

@@ -25,7 +25,7 @@ def _idefics3() -> PretrainedConfig:
 
 def _smolvlm() -> PretrainedConfig:
     return SmolVLMConfig(
-        text_config=text_config("llama", 148),
+        text_config=text_config("llama", 148, max_position_embeddings=512),
         vision_config=plain(),
         image_token_id=IMAGE,
         scale_factor=2,

@@ -33,6 +33,7 @@ from mqc.testing.families.run import (
     family_samples,
     model_logits,
 )
+from mqc.testing.families.videos import exact_logits, own_logits, takes_videos, video_samples
 from mqc.transform import PassContext, PassManager
 from mqc.transform.equivalence import end_to_end_error
 
@@ -51,8 +52,10 @@ class Row:
 
     Errors are relative to the largest magnitude: ``capture_error`` of the captured graphs against
     transformers (float32 logits of float64 models), ``float_error`` of all function-preserving
-    passes together (float64). Streams are (rotated, found). ``linears`` leaves out the head, which
-    stays in float by default. Agreements count next tokens, given the same tokens before.
+    passes together (float64). ``video_error``: transformers' own logits for prompts with videos
+    against the program behind all these passes, both in float64 throughout; None for a family whose
+    prompts have none. Streams are (rotated, found). ``linears`` leaves out the head, which stays in
+    float by default. Agreements count next tokens, given the same tokens before.
     """
 
     family: str
@@ -60,6 +63,7 @@ class Row:
     reason: str | None = None
     capture_error: float | None = None
     float_error: float | None = None
+    video_error: float | None = None
     streams: dict[str, tuple[int, int]] = field(default_factory=dict)
     online_rotations: int = 0
     linears: int = 0
@@ -104,7 +108,13 @@ def _measure(row: Row, scheme_name: str) -> None:
     passes = default_passes(scheme)
     wide = program.to(torch.float64)
     exact = PassManager([item for item in passes if item.preserves])
-    row.float_error = end_to_end_error(wide, exact.run(wide, PassContext(scheme)))
+    rewritten = exact.run(wide, PassContext(scheme))
+    row.float_error = end_to_end_error(wide, rewritten)
+    if takes_videos(row.family):
+        films = video_samples(row.family, wide=True)
+        answers = [exact_logits(ProgramEngine(rewritten), film.prompt) for film in films]
+        row.video_error = _error(answers, [own_logits(model, film.tensors) for film in films])
+        prompts += [film.prompt for film in video_samples(row.family)]
 
     data = family_samples(family, model.config, torch.float32, 6, seed=1)
     context = PassContext(scheme, [family_prompt(adapter, sample) for sample in data])
