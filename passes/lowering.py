@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mqc.ir import Program
+from mqc.passes.fuse_angles import FuseAngles
 from mqc.passes.fuse_attention import FuseAttention
+from mqc.passes.fuse_order import FuseOrder
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
@@ -17,6 +19,8 @@ LOWERING: tuple[type[Pass], ...] = (
     FuseAttention,
     FuseResidual,
     FuseTowerAttention,
+    FuseOrder,
+    FuseAngles,
     SelectRows,
 )
 """In the order in which they run."""

@@ -6,8 +6,10 @@ from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.canonicalize import Canonicalize
 from mqc.passes.cleanup import Cleanup
 from mqc.passes.expert_slices import ExpertSlices
+from mqc.passes.fuse_angles import FuseAngles
 from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_norm import FuseNorm
+from mqc.passes.fuse_order import FuseOrder
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
@@ -40,6 +42,8 @@ PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         FuseResidual,
         FuseTowerAttention,
+        FuseOrder,
+        FuseAngles,
         SelectRows,
     )
 }

@@ -13,6 +13,7 @@ well, where signed activations are only slower.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ _MODALITY_READERS: dict[Any, int] = {
     **dict.fromkeys(_INTEGER_LINEARS, 4),
 }
 """Operator -> position of its argument ``modality``."""
+_VISUAL = 3
+"""Which result of mqc::token_order is the mask."""
 
 
 DEVICES = ("cpu", "cuda")
@@ -177,6 +180,10 @@ def _share_row_masks(component: Component) -> int:
 
 def _row_mask(graph: fx.Graph, count: fx.Node, source: fx.Node, tokens: Any) -> fx.Node:
     """bool [batch, tokens]: the first ``count[b]`` of each row's tokens."""
+    made = count.args[0] if count.target is operator.getitem else None
+    if isinstance(made, fx.Node) and made.target is torch.ops.mqc.token_order.default:
+        rows = TensorType((tensor_type(count).shape[0], tokens), torch.bool)
+        return call(graph, operator.getitem, (made, _VISUAL), rows, count)
     batch = tensor_type(count).shape[0]
     kind = TensorType((tokens,), torch.int64)
     size = tokens

@@ -19,9 +19,10 @@ Integer convention
   leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.
 
 Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention` over a cache and
-`attention_full` without one, the linears' `residual`) are what lowering passes write for targets
-with kernels for them. Each is defined as the composition of the operators it replaces, so a lowered
-program gives the same bits as before.
+`attention_full` without one, `token_order`, `take_tokens`, `take_keys`, `rotary_angles`, the
+linears' `residual`) are what lowering passes write for targets with kernels for them. Each is
+defined as the composition of the operators it replaces, so a lowered program gives the same bits as
+before.
 
 In ONNX an operator is a node of domain "ai.mqc", version 1; its op type names the variant by the
 inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_functions`).
@@ -39,6 +40,8 @@ from mqc.ops import (
     quantize_static,
     rank_update,
     rms_norm_quantize,
+    rotary_angles,
+    token_order,
 )
 from mqc.ops._library import OPS, OpDef
 
@@ -56,4 +59,6 @@ __all__ = [
     "quantize_static",
     "rank_update",
     "rms_norm_quantize",
+    "rotary_angles",
+    "token_order",
 ]

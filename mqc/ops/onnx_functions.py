@@ -32,6 +32,7 @@ _TYPES = {
     "bool": ["tensor(bool)"],
     "bool|int64": ["tensor(bool)", "tensor(int64)"],
     "int64": ["tensor(int64)"],
+    "float|int64": ["tensor(float)", "tensor(int64)"],
 }
 
 

@@ -18,7 +18,9 @@ from mqc.ir.edit import aten, call, tensor_type
 from mqc.passes.aifs_reorder import AifsReorder
 from mqc.passes.canonicalize import Canonicalize
 from mqc.passes.cleanup import Cleanup
+from mqc.passes.fuse_angles import FuseAngles
 from mqc.passes.fuse_attention import FuseAttention
+from mqc.passes.fuse_order import FuseOrder
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
@@ -39,6 +41,8 @@ LOWERING = (
     FuseAttention,
     FuseResidual,
     FuseTowerAttention,
+    FuseOrder,
+    FuseAngles,
     SelectRows,
 )
 
@@ -77,6 +81,11 @@ def targets(program: Program, component: str) -> list[Any]:
     return [node.target for node in program.components[component].graph.nodes]
 
 
+def decoder_calls(program: Program, target: Any) -> list[fx.Node]:
+    graph = program.components["decoder"].graph
+    return list(graph.find_nodes(op="call_function", target=target))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pass_leaves_every_bit(name: str) -> None:
     """Logits of a prefill over text and visual rows and of a step on its cache are equal."""
@@ -92,8 +101,10 @@ def test_every_pass_leaves_every_bit(name: str) -> None:
     assert counts[3] == {"residuals": 16}
     turned = {} if separate else {"rotary": 4}
     assert counts[4] == {"attentions": 4, "packed": 4, "masked": 0} | turned
+    assert counts[5] == {"inputs": 3}, "embeddings, positions, mask"
+    assert counts[6] == {"angles": 1}
     # The last layer's output projection, norm, MLP, and the last norm; getitems count too.
-    assert counts[5] == {"gathers": 1, "operators": 9}
+    assert counts[7] == {"gathers": 1, "operators": 9}
     assert not any(record.skips for _, record in stages(name) if record is not None)
 
 
@@ -159,9 +170,14 @@ def test_attention_of_every_family(name: str) -> None:
     assert record.counts.get("rotary", 0) == (0 if name == "blip-2" else 2)
     assert end_to_end_error(before, after, seed=3) <= 1e-12
     assert after.facts["cache"] == "buffer"
-    fewer, record = run(SelectRows(), after)
-    assert record.counts["gathers"] == 1
-    assert end_to_end_error(before, fewer, seed=4) <= 1e-12
+    manager = PassManager([FuseOrder(), FuseAngles(), SelectRows()])
+    last = manager.run(after, PassContext())
+    order, angles, rows = manager.records
+    assert order.counts["inputs"] >= 3 and rows.counts["gathers"] == 1
+    turned = {n.args[7] for n in decoder_calls(last, _mqc.attention.default)} - {None}
+    assert angles.counts.get("angles", 0) == len(turned) - len(angles.skips)
+    assert not order.skips and not rows.skips
+    assert end_to_end_error(before, last, seed=4) <= 1e-12
 
 
 def test_more_mask_columns_than_keys_change_nothing() -> None:

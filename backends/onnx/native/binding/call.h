@@ -82,6 +82,8 @@ class Kernel {
 
 // Makes the kernel of a variant; throws where the node's constants or attributes are wrong.
 Kernel* make_layer(const Variant& variant, const Ort::ConstKernelInfo& info);
+// The same for the token order and rotary angles; null for all others.
+Kernel* make_order(const Variant& variant);
 // threads: of the session, as far as known.
 Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads);
 Kernel* make_float_linear(const Variant& variant, const Ort::ConstKernelInfo& info, int threads);

@@ -208,6 +208,7 @@ Kernel* make_layer(const Variant& variant, const Ort::ConstKernelInfo& info) {
     if (name == "EmbeddingW8") return new Embedding;
     if (name == "RankUpdate") return new RankUpdate;
     if (name == "AttentionFull") return make_attention_full(variant, info);
+    if (Kernel* kernel = make_order(variant)) return kernel;
     return make_attention(variant, info);
 }
 

@@ -157,6 +157,24 @@ std::vector<Variant> make() {
     const Choices masked = {"", "mask"};
     add(all, "AttentionFull", {packed, masked}, full);
     add(all, "AttentionFull", {packed, masked, {"half", "interleaved"}, {"", "partial"}}, full);
+    add(all, "TokenOrder", {}, [](Variant& v) {
+        v.inputs = {{"modality", BOOL}};
+        v.outputs = {{"order", I64}, {"place", I64}, {"count", I64}, {"visual", BOOL}};
+    });
+    add(all, "TakeTokens", {{"", "last"}}, [](Variant& v) {
+        const auto kind = v.has("last") ? I64 : F32;
+        v.inputs = {{"x", kind}, {"order", I64}};
+        v.outputs = {{"y", kind}};
+    });
+    add(all, "TakeKeys", {}, [](Variant& v) {
+        v.inputs = {{"mask", BOOL}, {"order", I64}, {"past", I64}};
+        v.outputs = {{"y", BOOL}};
+    });
+    add(all, "RotaryAngles", {{"", "axes"}}, [](Variant& v) {
+        v.inputs = {{"positions", I64}, {"freq", F32}};
+        if (v.has("axes")) v.inputs.push_back({"axes", I64});
+        v.outputs = {{"cos", F32}, {"sin", F32}};
+    });
     return all;
 }
 
