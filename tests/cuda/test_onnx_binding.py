@@ -36,7 +36,7 @@ Values = cases.Values
 
 
 def has_kernel(op_type: str) -> bool:
-    """Signed activations, one weight scale a channel; float linears and towers by their bodies."""
+    """Signed activations; float linears and towers by their bodies. Groups have their own test."""
     op, *flags = op_type.split("_")
     if op in ("LinearW4A8", "LinearW8A8"):
         return "s8" in flags and "group" not in flags
@@ -183,6 +183,23 @@ def test_weights_of_several_tiles(op: str, layout: str, rng: np.random.Generator
         assert np.array_equal(got, x.astype(np.int64) @ q.T)
 
 
+@pytest.mark.parametrize("layout", ["", "_c16k4"])
+def test_scales_of_groups(layout: str, rng: np.random.Generator) -> None:
+    """Groups of 32, 64, 128 and others in equal parts of these."""
+    k, op_type = 384, f"LinearW4A8_mask_bias_group_s8{layout}"
+    q = torch.from_numpy(rng.integers(-8, 8, (70, k)).astype(np.int8))
+    for groups in (12, 6, 4, 3, 2, 1):
+        values = {
+            "xq": rng.integers(-127, 128, (2, 3, k)).astype(np.int8),
+            "qweight": (pack_c16k4(q, groups, 4) if layout else pack_int4(q)).numpy(),
+            "w_scale": rng.uniform(0.1, 1, (70, groups)).astype(np.float32),
+            "x_scale": np.array([0.05, 0.02], np.float32),
+            "modality": rng.integers(0, 2, (2, 3)).astype(bool),
+            "bias": cases.floats(rng, 70),
+        }
+        compare(run({op_type: values}), bodies({op_type: values}))
+
+
 @pytest.mark.parametrize("op_type", ["LinearW4A8_mask_bias", "QuantizeStatic_u8", "RankUpdate"])
 def test_variants_without_a_kernel_run_by_their_bodies(
     op_type: str, rng: np.random.Generator
@@ -325,6 +342,8 @@ def test_what_the_kernels_have_not(rng: np.random.Generator) -> None:
         values[name] = np.repeat(values[name], 40, axis=-1)
     with pytest.raises(Exception, match=r"w_split .* has to be of rank 64 at most on a GPU"):
         run({"LinearW8A8_split_s8": values})
+    with pytest.raises(Exception, match=r"w_scale .* groups of 32, 64 or a multiple of 128 inputs"):
+        run({"LinearW4A8_group_s8": arguments("LinearW4A8_group_s8", rng)})
     factor = hadamard_factors(344)[0].numpy().astype(np.float32) / np.float32(344**0.5)
     x = cases.floats(rng, 1, 344)
     with pytest.raises(Exception, match="dense factor of order 344, at most 160"):

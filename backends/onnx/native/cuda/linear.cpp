@@ -14,34 +14,35 @@ constexpr int64_t kAlign = 16;           // bytes, of rows of x
 
 class Linear : public Kernel {
   public:
-    Linear(const Variant& variant, const Ort::ConstKernelInfo& info)
-        : bits_(variant.name == "LinearW4A8" ? 4 : 8) {
+    Linear(const Variant& variant, const Ort::ConstKernelInfo& info) {
         const Constant weight(variant, info, "qweight"), scale(variant, info, "w_scale");
-        scale.require(scale.shape.size() == 1 && scale.shape[0] > 0, "[N]");
-        n_ = scale.shape[0];
-        const std::vector<int64_t>& s = weight.shape;
-        const bool tiled = variant.has("c16k4");
-        if (tiled) {
-            const int64_t step = 32 / bits_, blocks = (n_ + 15) / 16;
-            weight.require(s.size() == 5 && s[0] == blocks && s[1] == 1 && s[2] > 0 &&
-                               s[2] <= kMostInputs && s[3] == 16 && s[4] == 4,
-                           "[ceil(N / 16), 1, K / (8 or 4), 16, 4] of w_scale's N");
-            k_ = s[2] * step;
-            weight.require(k_ % 8 == 0, "of a multiple of 8 input channels");
-        } else {
-            weight.require(s.size() == 2 && s[0] == n_ && s[1] > 0 && s[1] <= kMostInputs,
-                           "a matrix of w_scale's N rows");
-            k_ = bits_ == 4 ? 2 * s[1] - variant.has("odd") : s[1];
-        }
+        const bool grouped = variant.has("group");
+        scale.require(scale.shape.size() == (grouped ? 2u : 1u) && scale.shape[0] > 0,
+                      grouped ? "[N, groups]" : "[N]");
+        Weight w;
+        w.bits = variant.name == "LinearW4A8" ? 4 : 8;
+        w.tiled = variant.has("c16k4");
+        w.n = n_ = scale.shape[0];
+        w.groups = grouped ? scale.shape[1] : 1;
+        w.k = k_ = inputs_of(variant, weight, w);
         weight.require(k_ <= kMostInputs, "of at most 131072 input channels");
+        scale.require(w.groups > 0 && k_ % w.groups == 0, "groups that divide the input channels");
+        layout_ = layout_of(w);
+        scale.require(layout_ != 0, "of groups of 32, 64 or a multiple of 128 inputs on a GPU");
+        w.data = static_cast<const uint8_t*>(weight.data);
+        w.scales = scale.as<float>();
         if (variant.has("split")) {
             const Constant split(variant, info, "w_split");
             split.require(split.shape.size() == 2 && split.shape[0] == n_, "[N, rank]");
             split.require(split.shape[1] <= kMostSplit, "of rank 64 at most on a GPU");
             rank_ = split.shape[1];
         }
-        const auto packed = pack({n_, k_, bits_, tiled, static_cast<const uint8_t*>(weight.data)});
+        const auto packed = pack(w);
         weight_ = Memory(packed.data(), static_cast<int64_t>(packed.size()));
+        if (grouped) {  // w_scale is on the host; scales of several groups are in the weight now
+            const std::vector<float> ones(static_cast<size_t>(n_), 1.0f);
+            channels_ = Memory(w.groups > 1 ? ones.data() : w.scales, n_ * kFloat);
+        }
     }
 
     void compute(Call& call) const override {
@@ -53,13 +54,14 @@ class Linear : public Kernel {
         result.back() = n_;
 
         auto args = Call::arguments<mqc_linear_args>();
-        args.layout = bits_ == 4 ? MQC_LAYOUT_W4_64X128 : MQC_LAYOUT_W8_64X128;
+        args.layout = layout_;
         args.dtype = MQC_F32;
         args.rows = x.rows();
         args.n = n_;
         args.k = k_;
         args.w = weight_.data();
-        args.w_scale = call.input("w_scale").as<float>();
+        args.w_scale = variant.has("group") ? static_cast<const float*>(channels_.data())
+                                            : call.input("w_scale").as<float>();
         args.x_scale = call.set_scales(args, "x_scale", x);
         if (variant.has("bias")) {
             const Tensor bias = call.input("bias");
@@ -82,6 +84,20 @@ class Linear : public Kernel {
     }
 
   private:
+    static int64_t inputs_of(const Variant& variant, const Constant& weight, const Weight& w) {
+        const std::vector<int64_t>& s = weight.shape;
+        if (!w.tiled) {
+            weight.require(s.size() == 2 && s[0] == w.n && s[1] > 0 && s[1] <= kMostInputs,
+                           "a matrix of w_scale's N rows");
+            return w.bits == 4 ? 2 * s[1] - variant.has("odd") : s[1];
+        }
+        const int64_t step = 32 / w.bits;
+        weight.require(s.size() == 5 && s[0] == (w.n + 15) / 16 && s[1] == w.groups && s[2] > 0 &&
+                           s[2] <= kMostInputs && s[3] == 16 && s[4] == 4 && s[2] * step % 8 == 0,
+                       "[ceil(N / 16), groups, K / groups / (8 or 4), 16, 4] of w_scale's N");
+        return w.groups * s[2] * step;
+    }
+
     void set_split(const Call& call, const Tensor& x, mqc_linear_args& args) const {
         const Tensor split = call.input("x_split");
         std::vector<int64_t> wanted = x.shape;
@@ -111,16 +127,16 @@ class Linear : public Kernel {
         if (args.workspace_bytes) args.workspace = call.workspace().counted(args.workspace_bytes);
     }
 
-    int bits_;
+    int32_t layout_ = 0;
     int64_t n_ = 0, k_ = 0, rank_ = 0;
-    Memory weight_;
+    Memory weight_, channels_;
 };
 
 }  // namespace
 
 bool has_linear(const Variant& variant) {
-    const bool linear = variant.name == "LinearW4A8" || variant.name == "LinearW8A8";
-    return linear && variant.has("s8") && !variant.has("group");
+    if (!variant.has("s8")) return false;
+    return variant.name == "LinearW4A8" || (variant.name == "LinearW8A8" && !variant.has("group"));
 }
 
 Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info) {

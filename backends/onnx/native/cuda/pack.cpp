@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <stdexcept>
 
 #include "mqc/layout.cuh"
+#include "mqc_cuda.h"
 
 namespace mqc_onnx_cuda {
 namespace {
@@ -78,24 +81,61 @@ void write_tile4(const Tile& tile, uint8_t* to) {
             }
 }
 
-}  // namespace
+// Scales behind a tile's values; groups of the file in equal parts of those of the format.
+template <class Format>
+void write_scales(const Weight& w, int64_t first, int64_t start, uint8_t* tile) {
+    if constexpr (Format::kGrouped) {
+        const int64_t size = w.k / w.groups;
+        for (int group = 0; group < kInputs / Format::kGroup; group++)
+            for (int channel = 0; channel < kChannels; channel++) {
+                const int64_t row = first + channel, input = start + group * Format::kGroup;
+                if (row < w.n && input < w.k)
+                    std::memcpy(tile + mqc::packed_scale<Format>(group, channel),
+                                w.scales + row * w.groups + input / size, sizeof(float));
+            }
+    }
+}
 
-std::vector<uint8_t> pack(const Weight& weight) {
-    const int64_t channel_tiles = mqc::ceil_div(weight.n, kChannels);
-    const int64_t input_tiles = mqc::ceil_div(weight.k, kInputs);
+template <class Format>
+std::vector<uint8_t> pack_as(const Weight& w) {
+    const int64_t channel_tiles = mqc::ceil_div(w.n, kChannels);
+    const int64_t input_tiles = mqc::ceil_div(w.k, kInputs);
     std::vector<uint8_t> packed(
-        static_cast<size_t>(mqc::packed_bytes(weight.bits, weight.n, weight.k)));
+        static_cast<size_t>(mqc::packed_tile<Format>(channel_tiles, 0, input_tiles)));
     Tile tile;
     for (int64_t c = 0; c < channel_tiles; c++)
         for (int64_t i = 0; i < input_tiles; i++) {
+            uint8_t* to = packed.data() + mqc::packed_tile<Format>(c, i, input_tiles);
             std::memset(tile, 0, sizeof tile);
-            (weight.tiled ? read_tiles : read_rows)(weight, c * kChannels, i * kInputs, tile);
-            if (weight.bits == 8)
-                write_tile8(tile, packed.data() + mqc::packed_tile<8>(c, i, input_tiles));
-            else
-                write_tile4(tile, packed.data() + mqc::packed_tile<4>(c, i, input_tiles));
+            (w.tiled ? read_tiles : read_rows)(w, c * kChannels, i * kInputs, tile);
+            (Format::kBits == 8 ? write_tile8 : write_tile4)(tile, to);
+            write_scales<Format>(w, c * kChannels, i * kInputs, to);
         }
     return packed;
+}
+
+}  // namespace
+
+int layout_of(const Weight& w) {
+    if (w.groups == 1) return w.bits == 8 ? MQC_LAYOUT_W8_64X128 : MQC_LAYOUT_W4_64X128;
+    if (w.bits == 8 || w.k % w.groups) return 0;
+    switch (std::gcd(w.k / w.groups, kInputs)) {
+        case 32: return MQC_LAYOUT_W4_64X128_G32;
+        case 64: return MQC_LAYOUT_W4_64X128_G64;
+        case 128: return MQC_LAYOUT_W4_64X128_G128;
+        default: return 0;
+    }
+}
+
+std::vector<uint8_t> pack(const Weight& w) {
+    switch (layout_of(w)) {
+        case MQC_LAYOUT_W8_64X128: return pack_as<mqc::W8>(w);
+        case MQC_LAYOUT_W4_64X128: return pack_as<mqc::W4>(w);
+        case MQC_LAYOUT_W4_64X128_G32: return pack_as<mqc::W4Grouped<32>>(w);
+        case MQC_LAYOUT_W4_64X128_G64: return pack_as<mqc::W4Grouped<64>>(w);
+        case MQC_LAYOUT_W4_64X128_G128: return pack_as<mqc::W4Grouped<128>>(w);
+        default: throw std::runtime_error("no kernel takes weights of these groups");
+    }
 }
 
 std::vector<uint32_t> pack_signs(const std::vector<int8_t>& signs, int64_t base) {

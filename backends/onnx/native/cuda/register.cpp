@@ -20,6 +20,7 @@ struct Provider {
     // What is packed when the session is made, or checked before a kernel runs.
     bool on_host(const Variant& variant, const std::string& input) const {
         if (input == "qweight") return has_linear(variant);
+        if (input == "w_scale") return variant.has("group");  // packed with the weight
         return input == "past" || input == "split" || input.rfind("factor", 0) == 0;
     }
     Kernel* make(const Variant& variant, const Ort::ConstKernelInfo& info) const {
