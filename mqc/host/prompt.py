@@ -318,6 +318,12 @@ def _watched(videos: list[Video], reader: Any) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"videos": [], "video_metadata": [], "do_sample_frames": False}
     for video in videos:
+        if (video.chosen or video.rate) and getattr(reader, "stack_frames", 1) > 1:
+            raise UsageError(
+                f"the model shows frames between the seconds of {video.name} too, and chooses all "
+                "by itself",
+                hint="give the file itself, without fps",
+            )
         if video.chosen:
             indices = list(range(video.length))
         else:
@@ -339,11 +345,14 @@ def _watched(videos: list[Video], reader: Any) -> dict[str, Any]:
 def _refused(images: list[Image.Image], videos: list[Video], error: Exception) -> UsageError:
     sizes = ", ".join(f"{image.width}x{image.height}" for image in images) or "none"
     shapes = ", ".join(f"{v.length} frames of {v.size[0]}x{v.size[1]}" for v in videos)
+    hint = "resize the image, or check that the prompt's images are what the model supports"
+    if len({video.length for video in videos}) > 1:
+        hint = "give videos with as many frames each: some families take no others in one prompt"
     return UsageError(
         f"the model's processor refuses this prompt (image sizes: {sizes}"
         + (f"; videos: {shapes}" if shapes else "")
         + f"): {_cause(error)}",
-        hint="resize the image, or check that the prompt's images are what the model supports",
+        hint=hint,
     )
 
 
