@@ -93,6 +93,12 @@ MQC_API int mqc_memory_upload(void* to, const void* from, int64_t bytes, void* s
 /* Rows of `width` bytes, on the device. The two do not overlap. */
 MQC_API int mqc_memory_copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride,
                                  int64_t width, int64_t rows, void* stream);
+/* Rows of `width` float32 values to float16, to nearest even (beyond its range: its largest value),
+ * and back. These strides count elements. */
+MQC_API int mqc_rows_to_f16(void* to, int64_t to_stride, const float* from, int64_t from_stride,
+                            int64_t width, int64_t rows, void* stream);
+MQC_API int mqc_rows_to_f32(float* to, int64_t to_stride, const void* from, int64_t from_stride,
+                            int64_t width, int64_t rows, void* stream);
 
 /* ---- linear ---------------------------------------------------------------------------------
  * y[r, c] = round(x[r, :] . w[c, :] * w_scale[c] * x_scale[row r] + bias[c]

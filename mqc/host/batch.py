@@ -87,12 +87,26 @@ class KeyTable:
 
     def __init__(self, batch: int, windows: Sequence[int | None] = (None,)) -> None:
         self.windows = tuple(windows)
-        self.valid = torch.zeros(batch, 0, dtype=torch.bool)
-        self.order = torch.zeros(batch, 0, dtype=torch.int64)
-        self.rank = torch.zeros(batch, 0, dtype=torch.int64)
+        self._used = 0
+        self._valid = torch.zeros(batch, 0, dtype=torch.bool)
+        self._order = torch.zeros(batch, 0, dtype=torch.int64)
+        self._rank = torch.zeros(batch, 0, dtype=torch.int64)
+        self._count = torch.zeros(batch, 1, dtype=torch.int64)
 
     def __len__(self) -> int:
-        return int(self.valid.shape[1])
+        return self._used
+
+    @property
+    def valid(self) -> torch.Tensor:
+        return self._valid[:, : self._used]
+
+    @property
+    def order(self) -> torch.Tensor:
+        return self._order[:, : self._used]
+
+    @property
+    def rank(self) -> torch.Tensor:
+        return self._rank[:, : self._used]
 
     def mask(self, valid: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
         """Who may attend whom in a call with T new rows; ``valid``: bool [B, T].
@@ -102,14 +116,16 @@ class KeyTable:
         follow the cache, columns of the new rows are in natural order. A padding row attends
         itself alone, so that no row's softmax is empty.
         """
-        new = valid.shape[1]
+        new, padded = valid.shape[1], not bool(valid.all())
+        if new == 1 and not padded and self.windows == (None,):  # a decode step: all keys but holes
+            return torch.nn.functional.pad(self.valid[:, None, None], (0, 1), value=True)
         seen = torch.ones(new, new, dtype=torch.bool).tril().expand(len(valid), -1, -1)
         if blocks is not None and bool((blocks >= 0).any()):
             together = blocks[:, :, None] == blocks[:, None, :]
             seen = seen | (together & (blocks >= 0)[:, :, None])
         past = self.valid[:, None, :].expand(-1, new, -1)
         allowed = torch.cat([past, seen & valid[:, None, :]], dim=2)
-        if not bool(valid.all()):
+        if padded:
             allowed &= valid[:, :, None]
             allowed[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
         if self.windows == (None,):
@@ -130,20 +146,31 @@ class KeyTable:
         ``kv_order`` is the program's ``facts["kv_order"]``: None (slots in natural order) or
         ``"aifs"`` (visual rows first, each group in natural order).
         """
-        order = torch.arange(len(self), len(self) + valid.shape[1]).expand(valid.shape)
+        start, end = self._used, self._used + valid.shape[1]
+        order = torch.arange(start, end).expand(valid.shape)
         rank = self._ranks(valid)
+        self._count += valid.sum(1, keepdim=True)
         if kv_order == AIFS and valid.shape[1] > 1:
             index = torch.argsort((~visual_mask).to(torch.int8), dim=1, stable=True)
             order, valid, rank = (v.gather(1, index) for v in (order, valid, rank))
         elif kv_order not in (None, "natural", AIFS):
             raise UsageError(f"unknown order of the KV cache: {kv_order!r}")
-        self.valid = torch.cat([self.valid, valid], dim=1)
-        self.order = torch.cat([self.order, order], dim=1)
-        self.rank = torch.cat([self.rank, rank], dim=1)
+        self._reserve(end)
+        for table, new in ((self._valid, valid), (self._order, order), (self._rank, rank)):
+            table[:, start:end] = new
+        self._used = end
+
+    def _reserve(self, rows: int) -> None:
+        """Room for ``rows`` slots, doubled where there is none: a step of decoding copies none."""
+        if rows > self._valid.shape[1]:
+            more = (0, max(rows, 2 * self._used) - self._valid.shape[1])
+            pad = torch.nn.functional.pad
+            self._valid, self._order = pad(self._valid, more), pad(self._order, more)
+            self._rank = pad(self._rank, more)
 
     def _ranks(self, valid: torch.Tensor) -> torch.Tensor:
         """Ranks of new rows: int64 [B, T]."""
-        return self.valid.sum(1, keepdim=True) + valid.to(torch.int64).cumsum(1) - 1
+        return self._count + valid.to(torch.int64).cumsum(1) - 1
 
 
 def chunk_ends(blocks: torch.Tensor, step: int) -> list[int]:

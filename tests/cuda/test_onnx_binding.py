@@ -247,6 +247,30 @@ def test_cache_grows(spare: int, rng: np.random.Generator) -> None:
     compare(run(calls), bodies(calls))
 
 
+@pytest.mark.parametrize("past", [0, 3])
+def test_prompts_are_read_in_half_precision(past: int, rng: np.random.Generator) -> None:
+    """Of heads that tensor cores take: float16's 11 bits. The cache stays float32."""
+    tokens, rows, d = 18, 24, 64
+    mask = np.tril(np.ones((tokens, past + tokens), bool), past)
+    values = {
+        "q": cases.floats(rng, 2, tokens, 4 + 2 * 2, d),
+        "key_cache": cases.floats(rng, 2, 2, rows, d),
+        "value_cache": cases.floats(rng, 2, 2, rows, d),
+        "past": np.array([past]),
+        "mask": np.broadcast_to(mask, (2, 1, *mask.shape)).copy(),
+        "cos": cases.floats(rng, 1, tokens, d),
+        "sin": cases.floats(rng, 1, tokens, d),
+    }
+    values["q"][0, 0, -1, 0] = 1e6  # a value beyond float16: its largest
+    calls = {"Attention_packed_half": values}
+    (out, *caches), (wanted, *grown) = run(calls), bodies(calls)
+    for left, right in zip(caches, grown, strict=True):
+        assert native_library.relative(left, right) <= 2e-6
+    assert np.isfinite(out).all() and 1e3 < out[0, 0].max() <= 65504
+    assert native_library.relative(out[1], wanted[1]) <= 2e-3
+    assert native_library.relative(out[1], wanted[1]) > 2e-6
+
+
 def test_calls_with_another_past(rng: np.random.Generator) -> None:
     """The number is kept on the device from call to call, as long as it is the same."""
     values = arguments("Attention", rng)

@@ -9,6 +9,7 @@ namespace mqc_onnx_cuda {
 namespace {
 
 constexpr int64_t kMostDim = 256;
+constexpr int64_t kFewTokens = 16;  // up to so many the cache is read once, by the float32 kernel
 constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
 
 struct Heads {
@@ -59,10 +60,8 @@ class Attention : public Kernel {
         attend.mask = mask.as<uint8_t>();
         attend.mask_stride = mask.shape[3];
         attend.past = rotary.past;
-        call.check(kernels().attention_workspace(&attend, &attend.workspace_bytes));
-        if (attend.workspace_bytes)
-            attend.workspace = call.workspace().counted(attend.workspace_bytes);
-        call.check(kernels().attention(&attend, call.stream()));
+        const bool half = h.tokens > kFewTokens && (h.dim == 64 || h.dim == 96 || h.dim == 128);
+        half ? run_half(call, h, past + h.tokens, attend) : run(call, attend);
     }
 
   private:
@@ -150,6 +149,43 @@ class Attention : public Kernel {
         args.sin = s.data;
         return args;
     }
+
+    static void run(const Call& call, mqc_attention_args& args) {
+        call.check(kernels().attention_workspace(&args, &args.workspace_bytes));
+        if (args.workspace_bytes) args.workspace = call.workspace().counted(args.workspace_bytes);
+        call.check(kernels().attention(&args, call.stream()));
+    }
+
+    // In float16, on tensor cores: the rows of a prompt. Its 11 bits are those of TF32, in which
+    // onnxruntime's own products are by default. `args` is in float32; `keys` rows are in use.
+    static void run_half(const Call& call, const Heads& h, int64_t keys, mqc_attention_args& args) {
+        const int64_t width = h.heads * h.dim, rows = h.batch * h.tokens;
+        const int64_t groups = h.batch * h.kv_heads, used = keys * h.dim;
+        const int64_t of_rows = pieces(rows * width), of_cache = pieces(groups * used);
+        auto* q = static_cast<uint8_t*>(call.workspace().more(2 * of_rows + 2 * of_cache));
+        uint8_t *out = q + of_rows, *k = out + of_rows, *v = k + of_cache;
+        const auto narrow = [&](uint8_t* to, const void* from, int64_t stride, int64_t values,
+                                int64_t count) {
+            call.check(kernels().rows_to_f16(to, values, static_cast<const float*>(from), stride,
+                                             values, count, call.stream()));
+        };
+        narrow(q, args.q, args.q_stride, width, rows);
+        narrow(k, args.key_cache, args.capacity * h.dim, used, groups);
+        narrow(v, args.value_cache, args.capacity * h.dim, used, groups);
+        auto* result = static_cast<float*>(args.out);
+        args.dtype = args.cache_dtype = MQC_F16;
+        args.capacity = keys;
+        args.q = q;
+        args.q_stride = width;
+        args.key_cache = k;
+        args.value_cache = v;
+        args.out = out;
+        run(call, args);
+        call.check(kernels().rows_to_f32(result, width, out, width, width, rows, call.stream()));
+    }
+
+    // Bytes of values in float16, in whole pieces of what the kernels want aligned.
+    static int64_t pieces(int64_t values) { return (2 * values + 255) / 256 * 256; }
 
     // Queries turn in a copy, for the node's input stays what it is; and angles that all sequences
     // share are given to each.

@@ -54,6 +54,8 @@ Kernels open() {
     find(library, path, "mqc_memory_free", k.free);
     find(library, path, "mqc_memory_upload", k.upload);
     find(library, path, "mqc_memory_copy_rows", k.copy_rows);
+    find(library, path, "mqc_rows_to_f16", k.rows_to_f16);
+    find(library, path, "mqc_rows_to_f32", k.rows_to_f32);
     find(library, path, "mqc_linear_workspace", k.linear_workspace);
     find(library, path, "mqc_linear", k.linear);
     find(library, path, "mqc_rms_norm_quantize", k.rms_norm_quantize);

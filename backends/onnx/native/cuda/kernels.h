@@ -16,6 +16,8 @@ struct Kernels {
     decltype(&mqc_memory_free) free;
     decltype(&mqc_memory_upload) upload;
     decltype(&mqc_memory_copy_rows) copy_rows;
+    decltype(&mqc_rows_to_f16) rows_to_f16;
+    decltype(&mqc_rows_to_f32) rows_to_f32;
     decltype(&mqc_linear_workspace) linear_workspace;
     decltype(&mqc_linear) linear;
     decltype(&mqc_rms_norm_quantize) rms_norm_quantize;

@@ -40,13 +40,14 @@ class Workspace {
     void* counted(int64_t bytes) { return at_least(counted_, bytes); }
     // Anything, until the node's call ends.
     void* scratch(int64_t bytes) { return at_least(scratch_, bytes); }
+    void* more(int64_t bytes) { return at_least(more_, bytes); }  // beside the scratch memory
     // A number on the device. It is sent where it changed: layers of a model share one.
     const int64_t* number(int64_t value, void* stream);
 
   private:
     static void* at_least(Memory& memory, int64_t bytes);
 
-    Memory counted_, scratch_, number_;
+    Memory counted_, scratch_, more_, number_;
     int64_t value_ = 0;
 };
 
