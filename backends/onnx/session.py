@@ -25,6 +25,7 @@ from mqc.backends.onnx.library import (
     ops_library,
     variable_of,
 )
+from mqc.backends.onnx.step import Buffers, Step
 from mqc.errors import ArtifactError, TargetError, VerificationError
 from mqc.host.cache import is_buffer, next_capacity, past_of
 from mqc.host.engine import Cache, spread
@@ -43,7 +44,9 @@ _DTYPES = {
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
     "tensor(bool)": torch.bool,
+    "tensor(int8)": torch.int8,
 }
+_NUMPY = {name: torch.empty(0, dtype=dtype).numpy().dtype for name, dtype in _DTYPES.items()}
 
 
 class OnnxEngine:
@@ -117,9 +120,9 @@ class OnnxEngine:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
         return self._run("embed", {"input_ids": ids})[0]
 
-    def empty_cache(self, batch: int) -> list[Any]:
+    def empty_cache(self, batch: int) -> Buffers:
         """One onnxruntime tensor [batch, kv_heads, 0, head_dim] per cache port."""
-        cache = []
+        cache = Buffers()
         for port in self._cache_inputs:
             sizes = {"batch": batch}
             shape = [n if isinstance(n, int) else sizes.get(n, 0) for n in port.shape]
@@ -134,7 +137,7 @@ class OnnxEngine:
         logit_index: torch.Tensor,
         modality: torch.Tensor,
         cache: Cache,
-    ) -> tuple[torch.Tensor, list[Any]]:
+    ) -> tuple[torch.Tensor, Cache]:
         """See :meth:`mqc.host.engine.Engine.decoder`; the cache holds ``OrtValue`` tensors.
 
         Where kernels write in place, the tensors of the cache are buffers that go in and out;
@@ -144,9 +147,12 @@ class OnnxEngine:
         values = (inputs_embeds, position_ids, mask, logit_index, modality)
         given = dict(zip(_HOST_INPUTS, values, strict=True))
         given.update(spread(inputs_embeds, self._facts.get("deepstack", ()), self._hidden))
+        if self._in_place and mask.shape[3] > cache[0].shape()[2]:
+            cache = Buffers(self._with_room(rows, mask) for rows in cache)
+        one = mask.shape[2] == logit_index.shape[1] == 1
+        if one and self._in_place and self._device == "cpu":
+            return self._step(given, past_of(mask), cache), cache
         given["past"] = torch.tensor([past_of(mask)])
-        if self._in_place:
-            cache = [self._with_room(rows, mask) for rows in cache]
         binding = session.io_binding()
         kept = [_value(given[port.name], port) for port in self._given]
         for port, value in zip(self._given, kept, strict=True):
@@ -162,16 +168,30 @@ class OnnxEngine:
                 binding.bind_output(name, self._device)
         session.run_with_iobinding(binding)
         logits, *made = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()), list(cache) if self._in_place else made
+        return torch.from_numpy(logits.numpy()), cache if self._in_place else made
+
+    def _step(self, given: Mapping[str, torch.Tensor], past: int, cache: Buffers) -> torch.Tensor:
+        """Logits of a call with one row a sequence."""
+        if cache.step is None:
+            cache.step = Step(
+                self.session("decoder"),
+                self._given,
+                [port.name for port in self._cache_inputs],
+                self._outputs,
+                cache,
+                _NUMPY,
+            )
+        arrays = {name: value.detach().cpu().numpy() for name, value in given.items()}
+        return torch.from_numpy(cache.step(arrays, past))
 
     def _with_room(self, cache: Any, mask: torch.Tensor) -> Any:
         """``cache``, or a larger copy where the call's keys do not fit."""
-        batch, heads, current, width = cache.shape()
+        batch, heads, current, *width = cache.shape()
         rows = next_capacity(mask.shape[3], current, self._facts.get("max_positions"))
         if rows == current:
             return cache
         used, old = past_of(mask), cache.numpy()
-        larger = np.zeros((batch, heads, rows, width), old.dtype)
+        larger = np.zeros((batch, heads, rows, *width), old.dtype)
         larger[:, :, :used] = old[:, :, :used]
         return ort.OrtValue.ortvalue_from_numpy(larger, self._device, 0)
 
@@ -279,8 +299,7 @@ def _array(tensor: torch.Tensor, port: Any) -> np.ndarray[Any, Any]:
 
 def _zeros(shape: list[int], port: Any) -> Any:
     """An onnxruntime tensor of zeros in the dtype of an input."""
-    dtype = torch.empty(0, dtype=_DTYPES[port.type]).numpy().dtype
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[port.type]))
 
 
 def _value(tensor: torch.Tensor, port: Any) -> Any:

@@ -181,7 +181,7 @@ def _decoded(path: Path, name: str) -> Video:
     except ImportError:
         raise UsageError(
             f"{name} is in no format that Pillow reads, and PyAV is not installed",
-            hint="pip install av, or give the frames as pictures (a list, a folder, a GIF)",
+            hint="pip install mqc[video], or give the frames as pictures (a list, a folder, a GIF)",
         ) from None
 
     def read(indices: Sequence[int]) -> Iterator[Image.Image]:
