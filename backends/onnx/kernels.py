@@ -20,7 +20,7 @@ from mqc.errors import UsageError
 
 Array = NDArray[Any]
 
-ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "dotprod")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "dotprod", "i8mm")
 """Instruction sets, by the names the library knows them."""
 
 LAYOUT_C16K4 = 1

@@ -16,7 +16,10 @@ from mqc.commands import _common as common
 from mqc.errors import MqcError
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "networkx", "pillow")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+CPU_FLAGS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"),
+    *("asimddp", "i8mm"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,13 @@ def _onnxruntime() -> list[Finding]:
     ]
 
 
+_EMULATED = "its kernels for Arm are tested under emulation, and were never timed on an Arm machine"
+
+
+def _is_arm() -> bool:
+    return platform.machine() in ("aarch64", "arm64")
+
+
 def _onnx_library() -> Finding:
     from mqc.backends.onnx.library import build_hint, ops_library
 
@@ -107,7 +117,7 @@ def _onnx_library() -> Finding:
     except MqcError as error:
         return Finding(what, "broken", "problem", f"{error}: {error.hint}")
     if path is not None:
-        return Finding(what, str(path))
+        return Finding(what, str(path), *(("note", _EMULATED) if _is_arm() else ()))
     missing = [name for name in ("c++", "cmake") if shutil.which(name) is None]
     value = f"missing ({' and '.join(missing)} not found)" if missing else "missing"
     meaning = f"onnx artifacts run through their bodies, more slowly: {build_hint()}"

@@ -143,6 +143,15 @@ def test_doctor_reports_and_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(run("doctor", "--json", code=1).stdout)
 
 
+def test_doctor_says_what_is_known_of_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQC_ONNX_OPS", __file__)
+    for machine, level in (("aarch64", "note"), ("x86_64", "ok")):
+        monkeypatch.setattr("platform.machine", lambda name=machine: name)
+        found = {finding.what: finding for finding in doctor.findings()}["onnx operator library"]
+        assert found.level == level
+        assert ("never timed on an Arm machine" in found.meaning) == (machine == "aarch64")
+
+
 def test_layer_rows() -> None:
     layer = {"layer": "model.a.weight", "component": "decoder", "bits": 4, "group_size": 64}
     assert layer_row(layer)[:5] == ["a", "W4g64A16", None, None, None]

@@ -22,7 +22,7 @@ from mqc.numerics.packing import pack_int4
 pytestmark = native.needs_library
 
 Array = npt.NDArray[Any]
-ISAS = ("portable", "avx2", "avx512vnni", "dotprod")
+ISAS = ("portable", "avx2", "avx512vnni")
 """One for each copy of the kernels."""
 GUARD = 256
 

@@ -39,9 +39,9 @@ MQC_API const char* mqc_status_text(mqc_status status);
 
 /* ---- Instruction sets ------------------------------------------------------------------------ */
 
-/* Name of the instruction set in use: "portable", "avx2", "avxvnni", "avx512vnni" or "amx". The
- * best one of the processor, or the one the environment variable MQC_ISA names (the best one again
- * where the processor lacks it; mqc_isa_supported tells). */
+/* Name of the instruction set in use: "portable"; "avx2", "avxvnni", "avx512vnni" or "amx"; on Arm
+ * "dotprod" or "i8mm". The best one of the processor, or the one the environment variable MQC_ISA
+ * names (the best one again where the processor lacks it; mqc_isa_supported tells). */
 MQC_API const char* mqc_isa(void);
 
 /* 1 where this build and processor can run the instruction set of that name, else 0. */

@@ -20,7 +20,8 @@
 extern "C" {
 #endif
 
-/* "generic", "avx2" or "avx512": the copy in use, by mqc_isa() and mqc_set_isa() of mqc_kernels.h. */
+/* "generic", "neon", "avx2" or "avx512": the copy in use, by mqc_isa() and mqc_set_isa() of
+ * mqc_kernels.h. */
 MQC_LAYERS_API const char* mqc_layers_isa(void);
 
 /* The static scale of a row: scale[0], or scale[visual] where the scales are two. */

@@ -14,7 +14,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(__linux__) && defined(__aarch64__)
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
 
@@ -71,14 +73,36 @@ bool has_amx() {
 
 #endif
 
+#if defined(__aarch64__)
+
+#if defined(__APPLE__)
+bool has(const char* feature) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+}
+#endif
+
 #ifdef MQC_BUILT_DOTPROD
 bool has_dotprod() {
-#if defined(__linux__) && defined(__aarch64__)
-    return getauxval(AT_HWCAP) >> 20 & 1;
+#if defined(__APPLE__)
+    return has("hw.optional.arm.FEAT_DotProd");
 #else
-    return true;
+    return getauxval(AT_HWCAP) >> 20 & 1;
 #endif
 }
+#endif
+
+#ifdef MQC_BUILT_I8MM
+bool has_i8mm() {
+#if defined(__APPLE__)
+    return has("hw.optional.arm.FEAT_I8MM");
+#else
+    return getauxval(AT_HWCAP2) >> 13 & 1;
+#endif
+}
+#endif
+
 #endif
 
 struct Choice {
@@ -99,6 +123,9 @@ const Choice kChoices[] = {
 #endif
 #ifdef MQC_BUILT_AVX2
     {&linear_avx2, has_avx2},
+#endif
+#ifdef MQC_BUILT_I8MM
+    {&linear_i8mm, has_i8mm},
 #endif
 #ifdef MQC_BUILT_DOTPROD
     {&linear_dotprod, has_dotprod},

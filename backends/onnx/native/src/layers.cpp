@@ -36,7 +36,11 @@ const Copy kCopies[] = {
     {"amx", "avx512", &avx512::table},    {"avx512vnni", "avx512", &avx512::table},
     {"avxvnni", "avx2", &avx2::table},    {"avx2", "avx2", &avx2::table},
 #endif
+#if defined(__aarch64__)
+    {nullptr, "neon", &generic::table},  // 128-bit vectors are NEON's there
+#else
     {nullptr, "generic", &generic::table},
+#endif
 };
 
 const Copy& current() {

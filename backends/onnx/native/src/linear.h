@@ -86,6 +86,6 @@ struct LinearIsa {
 const LinearIsa& linear_isa();  // the one in use
 
 extern const LinearIsa linear_portable, linear_avx2, linear_avxvnni, linear_avx512vnni, linear_amx,
-    linear_dotprod;
+    linear_dotprod, linear_i8mm;
 
 }  // namespace mqc

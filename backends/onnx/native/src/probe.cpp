@@ -10,12 +10,12 @@
 
 namespace {
 
+#if defined(__x86_64__)
+
 double seconds() {
     using clock = std::chrono::steady_clock;
     return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
 }
-
-#if defined(__x86_64__)
 
 // Twelve independent sums hide the latency of the instruction; operands never leave registers.
 #define MQC_TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
