@@ -1,0 +1,179 @@
+"""What runs on a GPU, on one that computes nothing: devices, memory, graphs, limits of launches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cuda_cases
+import pytest
+import torch
+from fake_gpu import DEVICE, FakeGpu
+
+from mqc.backends.cuda.engine import CudaEngine
+from mqc.backends.cuda.graphs import record_graph
+from mqc.backends.cuda.native import NativeKernels
+from mqc.cuda.library import TopKArgs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.gpu_check import end_to_end, linear_case, model, parts, sweep, timings
+from tools.gpu_check.common import Recorder, stream_of
+
+
+@pytest.fixture
+def gpu(emulated: Any) -> FakeGpu:
+    return FakeGpu(emulated)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.prepare(tmp_path_factory.mktemp("model"), model.TINY, "bf16")
+
+
+def recorder() -> Recorder:
+    return Recorder(None, time.monotonic() + 300)
+
+
+@pytest.mark.parametrize(
+    "name", ["ceilings", "small", "rows", "linear-timings", "row-timings", "attention-timings"]
+)
+def test_part(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The GPU check's own code: every launch it makes and every graph it records."""
+    monkeypatch.setattr(timings, "SHAPES", timings.SHAPES[2:3])
+    monkeypatch.setattr(timings, "ROWS", (1, 4096))
+    kept = recorder()
+    with gpu.running(monkeypatch):
+        context = parts.Context(gpu.library, kept, torch.Generator(DEVICE), 90)
+        parts.PARTS[name].run(context)
+    assert kept.results
+
+
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_sweep(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, wgmma: bool) -> None:
+    kept = recorder()
+    with gpu.running(monkeypatch):
+        generator = torch.Generator(DEVICE)
+        sweep.run(
+            *(gpu.library, kept, generator),
+            architecture=90,
+            wgmma=wgmma,
+            shapes=sweep.SHAPES[2:3],
+            rows=(3, 4096),
+        )
+    assert len(kept.results) > 4
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "vision"])
+def test_model_part(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, prepared: Path, name: str
+) -> None:
+    """A whole model: engine and baseline, eager and recorded."""
+    kept = recorder()
+    with gpu.running(monkeypatch):
+        bench = end_to_end.Bench(kept, prepared, DEVICE, gpu.library, plan=end_to_end.DRY)
+        getattr(end_to_end, name)(bench)
+    assert kept.results and "linear" in gpu.library.launches
+    assert bool(gpu.replays) == (name == "decode")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kv_cache"), [((), "int8"), (("aifs=true",), "float")], ids=["rows", "aifs"]
+)
+def test_engine(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], kv_cache: str
+) -> None:
+    """Prompts in chunks, causal and masked, then steps, then a larger cache and its own step."""
+    program = cuda_cases.lowered("tiny-qwen2-vl", "bf16", overrides).copy()
+    with gpu.running(monkeypatch):
+        kernels = NativeKernels(gpu.library, DEVICE, lambda: stream_of(DEVICE))
+        options: dict[str, Any] = {"record": record_graph, "kv_cache": kv_cache, "capacity": 64}
+        engine = CudaEngine(program, kernels, **options)
+        for batch in (1, 3):
+            (sequences,) = engine.empty_cache(batch)
+            past = 0
+            for tokens, causal in ((9, True), (20, True), (20, False), (3, True), (40, False)):
+                sequences = engine._pool.with_room(sequences, past + tokens)
+                mask = torch.ones(batch, 1, tokens, past + tokens, dtype=torch.bool)
+                inputs = prompt(program.components["decoder"], batch, tokens)
+                engine.prefill(
+                    {**inputs, "mask": engine._mask(mask, causal)}, sequences, past, causal
+                )
+                past += tokens
+            step = engine.decode_step(sequences, (3,))
+            for _ in range(2):
+                mask = torch.ones(batch, 1, 1, past + 1, dtype=torch.bool)
+                positions = torch.zeros(3, batch, 1, dtype=torch.int64)
+                step.start(torch.zeros(batch, dtype=torch.int64), positions, mask, past)
+                step.run()
+        assert engine.embed(torch.zeros(2, 5, dtype=torch.int64)).device == DEVICE
+    assert gpu.replays == 4 and {"attention", "top_k"} <= set(gpu.library.launches)
+
+
+def prompt(decoder: Any, batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    sizes = {"batch": batch, "tokens": tokens, "rows": 1}
+    return {
+        port.name: torch.zeros(
+            [size if isinstance(size, int) else sizes[size] for size in port.type.shape],
+            dtype=port.type.dtype,
+            device=DEVICE,
+        )
+        for port in decoder.inputs
+        if "capacity" not in port.axes and port.name not in ("past", "mask")
+    }
+
+
+def test_what_a_graph_may_not_do(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = torch.ones(3)
+
+    def steps() -> dict[str, Any]:
+        x = torch.zeros(3, device=DEVICE)
+        return {
+            "between host and device": lambda: x + host.to(DEVICE),
+            "between host and device ": lambda: x.cpu(),
+            "waits while": lambda: x.sum().item(),
+            "synchronisation": torch.cuda.synchronize,
+        }
+
+    with gpu.running(monkeypatch):
+        for match, step in steps().items():
+            with (
+                pytest.raises(AssertionError, match=match.strip()),
+                torch.cuda.graph(torch.cuda.CUDAGraph()),
+            ):
+                step()
+            gpu.memory.capturing = False
+        with pytest.raises(Exception, match="devices"):
+            torch.zeros(3, device=DEVICE) + host
+        kept = [torch.zeros(3, device=DEVICE)]
+        replay, _ = record_graph(lambda: kept[0] + 1)
+        replay()
+        kept.clear()
+        with pytest.raises(AssertionError, match="memory that was freed"):
+            replay()
+
+
+def test_pointers_of_launches(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gpu.running(monkeypatch):
+        x = torch.zeros(2, 100, device=DEVICE)
+        found = torch.zeros(2, 1, device=DEVICE, dtype=torch.int64)
+        fields = {"dtype": 3, "k": 1, "rows": 2, "columns": 100, "x_stride": 100}
+        good = {"x": x.data_ptr(), "indices": found.data_ptr()}
+        gpu.library.launch("top_k", TopKArgs(**fields, **good))
+        wrong = {
+            "no device memory": {"x": 4096},
+            "x needs 800 bytes, there are 796": {"x": x.data_ptr() + 4},
+            "indices needs 16 bytes, there are 8": {"indices": found[1:].data_ptr()},
+        }
+        for match, pointers in wrong.items():
+            with pytest.raises(AssertionError, match=match):
+                gpu.library.launch("top_k", TopKArgs(**fields, **{**good, **pointers}))
+        del x
+        with pytest.raises(AssertionError, match="freed"):
+            gpu.library.launch("top_k", TopKArgs(**fields, **good))
+        case = linear_case.LinearCase(3, 64, 128, linear_case.Options(), torch.Generator(DEVICE))
+        monkeypatch.setattr(gpu, "_stream", type(gpu._stream)(7))
+        with pytest.raises(AssertionError, match="another stream"):
+            gpu.library.launch("linear", case.arguments(torch.zeros(3, 64, device=DEVICE)), 0)
