@@ -16,7 +16,7 @@ from typing import Any
 
 from mqc.errors import MqcError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "libmqc_cuda.so"
 _UNSUPPORTED = 2
 PATH_VARIABLE = "MQC_CUDA_LIBRARY"
@@ -146,6 +146,17 @@ class RotaryArgs(Arguments):
     """)
 
 
+class RotateArgs(Arguments):
+    """mqc_rotate_args."""
+
+    _fields_ = _fields("""
+        u32 size
+        i32 dtype rotary heads head_dim rotary_dim table_dtype reserved
+        i64 rows angle_rows x_stride y_stride
+        ptr x cos sin y
+    """)
+
+
 class AttentionArgs(Arguments):
     """mqc_attention_args."""
 
@@ -187,6 +198,7 @@ STRUCTS: dict[str, type[Arguments]] = {
     "mqc_norm_args": NormArgs,
     "mqc_activation_args": ActivationArgs,
     "mqc_rotary_args": RotaryArgs,
+    "mqc_rotate_args": RotateArgs,
     "mqc_attention_args": AttentionArgs,
     "mqc_embedding_args": EmbeddingArgs,
     "mqc_top_k_args": TopKArgs,
@@ -197,6 +209,7 @@ _LAUNCHES = {
     "rms_norm_quantize": NormArgs,
     "activation_quantize": ActivationArgs,
     "rotary_cache": RotaryArgs,
+    "rotate": RotateArgs,
     "attention": AttentionArgs,
     "embedding": EmbeddingArgs,
     "top_k": TopKArgs,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import mqc.ops  # noqa: F401  (registers the operators that graphs call)
-from mqc.backends.cuda.kernels import Attention, CacheTensor, Kernels
+from mqc.backends.cuda.kernels import Attention, CacheTensor, FullAttention, Kernels
 from mqc.backends.cuda.ops import LINEAR
 from mqc.backends.cuda.plan import Layout, Value, row_stride, solve, tensor_bytes
 from mqc.ir import Component
@@ -293,6 +293,16 @@ def _attention(kernels: Kernels, node: fx.Node) -> Step:
     return step
 
 
+def _attention_full(kernels: Kernels, node: fx.Node) -> Step:
+    read = _readers(node, 9)
+
+    def step(call: Call, values: dict[fx.Node, Any]) -> Tensor:
+        given: list[Any] = [item(values) for item in read]
+        return kernels.attention_full(FullAttention(*given))
+
+    return step
+
+
 _HANDLERS: dict[Any, Callable[[Kernels, fx.Node], Step | None]] = {
     LINEAR: _linear,
     _mqc.rms_norm_quantize.default: _norm_quantize,
@@ -301,5 +311,6 @@ _HANDLERS: dict[Any, Callable[[Kernels, fx.Node], Step | None]] = {
     _mqc.hadamard.default: _hadamard,
     _mqc.embedding_w8.default: _embedding,
     _mqc.attention.default: _attention,
+    _mqc.attention_full.default: _attention_full,
     aten.rms_norm.default: _rms_norm,
 }

@@ -23,6 +23,8 @@ _QUANTIZERS = (
     _mqc.activation_quantize.default,
 )
 _ATTENTION = _mqc.attention.default
+_HEADS = (_ATTENTION, _mqc.attention_full.default)
+"""Their first three arguments are heads; angles stay in float32, and turn heads of any type."""
 _ROWS = frozenset({"inputs_embeds", "embeddings", "image_embeds"})
 """Ports of the host's interface that carry rows; caches are found by their axes."""
 
@@ -77,7 +79,7 @@ class _Component:
             self._linear(node)
         elif node.target in _QUANTIZERS:
             pass  # they read any float type; the type of float columns follows
-        elif node.target is _ATTENTION:
+        elif node.target in _HEADS:
             for index in range(3):
                 if is_tensor(node.args[index]):
                     node.update_arg(index, self._half(node.args[index], node))

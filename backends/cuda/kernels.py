@@ -113,6 +113,38 @@ class Attention:
         self.values.write(v, places)
 
 
+@dataclass(frozen=True)
+class FullAttention:
+    """One call of ``mqc::attention_full``: arguments as there; angles may be wider than q."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    mask: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    kv_heads: int
+    scale: float
+    rotary: str
+
+    def apart(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, rows, heads, D]: columns of one value where they are packed."""
+        if self.k is not None and self.v is not None:
+            return self.q, self.k, self.v
+        heads = self.q.shape[2] - 2 * self.kv_heads
+        q, k, v = self.q.split([heads, self.kv_heads, self.kv_heads], dim=2)
+        return q, k, v
+
+    def turned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q and k, and v, token-major, in q's dtype; angles are applied in theirs."""
+        q, k, v = self.apart()
+        if self.cos is None or self.sin is None:
+            return q, k, v
+        cos, sin, dtype = self.cos.unsqueeze(2), self.sin.unsqueeze(2), q.dtype
+        q, k = (rotate(x.to(cos.dtype), cos, sin, self.rotary).to(dtype) for x in (q, k))
+        return q, k, v
+
+
 class Kernels(Protocol):
     """A device's kernels. ``out`` arguments are memory to write; shapes as in `mqc.ops`."""
 
@@ -171,6 +203,9 @@ class Kernels(Protocol):
 
     def attention(self, call: Attention, out: Tensor) -> Tensor:
         """Append keys and values in place; the rows [B, S, Hq * Dv], in ``out`` or elsewhere."""
+
+    def attention_full(self, call: FullAttention) -> Tensor:
+        """``mqc::attention_full``: the rows [B, S, Hq * Dv]."""
 
     def argmax(self, logits: Tensor) -> Tensor:
         """int64 [...]: the first of the largest along the last axis."""
@@ -268,6 +303,12 @@ class ReferenceKernels:
             q, keys, values, call.mask[..., :end], scale=call.scale
         )
         return out.copy_(rows.transpose(1, 2).flatten(2))
+
+    def attention_full(self, call: FullAttention) -> Tensor:
+        """See :class:`Kernels`."""
+        rest = (None, None, call.kv_heads, call.scale, "none")
+        rows: Tensor = _mqc.attention_full(*call.turned(), call.mask, *rest)
+        return rows
 
     def argmax(self, logits: Tensor) -> Tensor:
         """See :class:`Kernels`."""

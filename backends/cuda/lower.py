@@ -31,7 +31,13 @@ from mqc.passes.registry import PASSES
 from mqc.transform import PassContext, PassManager
 
 DIALECT = "cuda"
-FUSIONS = ("merge-linears", "fuse-quantize", "fuse-attention", "fuse-residual")
+FUSIONS = (
+    "merge-linears",
+    "fuse-quantize",
+    "fuse-attention",
+    "fuse-residual",
+    "fuse-tower-attention",
+)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 _mqc = torch.ops.mqc

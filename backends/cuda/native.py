@@ -29,7 +29,8 @@ from mqc.cuda.library import (
 from mqc.cuda.pack import hadamard_table
 from mqc.numerics.hadamard import hadamard_factors
 
-MAX_BASE = 160
+MAX_BASE = {torch.float32: 160, torch.bfloat16: 352, torch.float16: 352}
+"""Largest dense Hadamard factor by the rows' type."""
 MAX_NORM = 16384
 MAX_ROW = 32768
 
@@ -224,7 +225,7 @@ class NativeKernels(NativeAttention):
     def _transform(self, x: Tensor, columns: int, block: int, fields: dict[str, Any]) -> bool:
         """Launch activation_quantize on rows; False where the library has no kernel for them."""
         base, log2 = hadamard_form(block)
-        if base > MAX_BASE or columns > MAX_ROW:
+        if base > MAX_BASE[x.dtype] or columns > MAX_ROW:
             return False
         arguments = ActivationArgs(
             dtype=DTYPES[x.dtype],

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mqc.backends.cuda.kernels import Attention
+from mqc.backends.cuda.kernels import Attention, FullAttention
 from mqc.backends.cuda.launch import DTYPES, Launcher, pointer
-from mqc.cuda.library import AttentionArgs, Rotary, RotaryArgs
+from mqc.cuda.library import AttentionArgs, Rotary, RotaryArgs, RotateArgs
 
 MAX_HEAD = 256
 DECODE_TOKENS = 16
@@ -18,7 +18,7 @@ DECODE_TOKENS = 16
 
 
 class NativeAttention(Launcher):
-    """``attention`` of :class:`mqc.backends.cuda.kernels.Kernels`."""
+    """``attention`` and ``attention_full`` of :class:`mqc.backends.cuda.kernels.Kernels`."""
 
     def attention(self, call: Attention, out: Tensor) -> Tensor:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`.
@@ -38,6 +38,60 @@ class NativeAttention(Launcher):
             self._cache_attention(call, q, heads, width, out)
             return out
         return self._torch_attention(call, q)
+
+    def attention_full(self, call: FullAttention) -> Tensor:
+        """See :class:`~mqc.backends.cuda.kernels.Kernels`.
+
+        The library turns queries and keys, both at once where they are packed; torch's fused
+        kernels attend the heads where they lie.
+        """
+        q, k, v = self._turned(call)
+        options: dict[str, Any] = {"attn_mask": call.mask, "scale": call.scale}
+        repeats = q.shape[2] // call.kv_heads
+        if repeats > 1 and call.mask is None:
+            options["enable_gqa"] = True
+        elif repeats > 1:  # with a mask, only torch's slow path takes fewer key than query heads
+            k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+    def _turned(self, call: FullAttention) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (turned) and v, [B, rows, heads, D]."""
+        q, k, v = call.apart()
+        if call.cos is None or call.sin is None:
+            return q, k, v
+        if q.shape[3] > MAX_HEAD or k.shape[1] == 0:
+            return call.turned()
+        if call.k is not None:
+            return self._rotate(call, q), self._rotate(call, k), v
+        both = self._rotate(call, call.q[:, :, : -call.kv_heads])
+        q, k = both.split([q.shape[2], call.kv_heads], dim=2)
+        return q, k, v
+
+    def _rotate(self, call: FullAttention, x: Tensor) -> Tensor:
+        """x [B, S, heads, D] turned, in memory of its own."""
+        x = _side_by_side(x)
+        assert call.cos is not None and call.sin is not None
+        cos, sin = call.cos.contiguous(), call.sin.contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        arguments = RotateArgs(
+            dtype=DTYPES[x.dtype],
+            rotary=Rotary[call.rotary.upper()],
+            heads=x.shape[2],
+            head_dim=x.shape[3],
+            rotary_dim=cos.shape[-1],
+            table_dtype=DTYPES[cos.dtype],
+            rows=x.shape[0] * x.shape[1],
+            angle_rows=cos.shape[0] * cos.shape[1],
+            x_stride=x.stride(1),
+            y_stride=y.stride(1),
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            y=y.data_ptr(),
+        )
+        self.launch("rotate", arguments)
+        return y
 
     def _rotary_cache(self, call: Attention, heads: int, width: int) -> Tensor:
         """Turn q, append k and v; q [B, S, Hq, D]."""

@@ -9,13 +9,16 @@ using namespace mqc;
 namespace {
 
 constexpr int kMaxColumns = 32768;
-constexpr int kMaxSteps = 10;  // of 16 inputs of the dense factor that a warp holds in registers
+// Steps of 16 inputs of the dense factor that a warp holds in registers: float32 takes three parts.
+constexpr int kMaxSteps = 10, kMaxHalfSteps = 22;
 
 // The kernel for the number of steps, rounded up to one that is built.
 template <class T> auto kernel_of(int steps) {
   if (steps == 0) return activation_kernel<T, 0>;
   if (steps <= 2) return activation_kernel<T, 2>;
   if (steps <= 5) return activation_kernel<T, 5>;
+  if constexpr (kParts<T> == 1)
+    if (steps > kMaxSteps) return activation_kernel<T, kMaxHalfSteps>;
   return activation_kernel<T, kMaxSteps>;
 }
 
@@ -34,6 +37,7 @@ int check(const mqc_activation_args* args) {
               args->hadamard_log2, static_cast<long long>(args->columns));
   MQC_REQUIRE((args->hadamard_base > 1) == (args->hadamard != nullptr),
               "mqc_activation_quantize: a dense factor comes with its sign table");
+  if (args->rows == 0) return MQC_OK;
   MQC_REQUIRE(args->x != nullptr && (args->xq != nullptr || args->y != nullptr),
               "mqc_activation_quantize: x is NULL, or both xq and y are");
   MQC_REQUIRE(args->split_columns >= 0 && (args->split_columns == 0 || (args->split != nullptr && args->x_split != nullptr)),
@@ -52,9 +56,10 @@ extern "C" int mqc_activation_quantize(const mqc_activation_args* args, void* st
   MQC_CHECK(check(args));
   if (args->rows == 0) return MQC_OK;
   const int steps = args->hadamard_base > 1 ? hadamard_steps(args->hadamard_base) : 0;
-  if (steps > kMaxSteps)
+  const int most = args->dtype == MQC_F32 ? kMaxSteps : kMaxHalfSteps;
+  if (steps > most)
     return fail(MQC_ERROR_UNSUPPORTED, "mqc_activation_quantize: a dense Hadamard factor of order %d, at most %d",
-                args->hadamard_base, 16 * kMaxSteps);
+                args->hadamard_base, 16 * most);
   Device device;
   MQC_CHECK(current_device(device));
   ActivationParams p{};

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MQC_ABI_VERSION 1
+#define MQC_ABI_VERSION 2
 
 typedef enum mqc_status {
   MQC_OK = 0,
@@ -226,6 +226,26 @@ typedef struct mqc_rotary_args {
 } mqc_rotary_args;
 
 MQC_API int mqc_rotary_cache(const mqc_rotary_args* args, void* stream);
+
+/* Turns heads of rows that have no cache (towers): y = round(x cos + partner sin), the rest copied. */
+typedef struct mqc_rotate_args {
+  uint32_t size;
+  int32_t dtype;         /* of x and y */
+  int32_t rotary;        /* MQC_ROTARY_HALF or MQC_ROTARY_INTERLEAVED */
+  int32_t heads, head_dim;
+  int32_t rotary_dim;    /* leading values of a head that turn; even, <= head_dim */
+  int32_t table_dtype;   /* of cos and sin: as x, or MQC_F32 */
+  int32_t reserved;
+  int64_t rows;
+  int64_t angle_rows;    /* row r turns by angles r % angle_rows */
+  int64_t x_stride, y_stride; /* between rows; heads follow each other */
+  const void* x;         /* [rows, heads * head_dim] */
+  const void* cos;       /* [angle_rows, rotary_dim] contiguous */
+  const void* sin;
+  void* y;               /* [rows, heads * head_dim]; may be x */
+} mqc_rotate_args;
+
+MQC_API int mqc_rotate(const mqc_rotate_args* args, void* stream);
 
 /* ---- attention over the cache ---------------------------------------------------------------
  * out[b, s, h] = softmax(q . K^T * scale + mask) V over rows 0 .. past + tokens of the cache. */

@@ -77,6 +77,20 @@ def test_one_kernel_a_linear() -> None:
     assert "aten.add.Tensor" not in counts and "mqc.hadamard.default" not in counts
 
 
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_towers_stay_in_half_precision(name: str) -> None:
+    """One call turns and attends; nothing but scales, angles and integers is float32."""
+    tower = cuda_cases.lowered(name, "bf16").components["vision"]
+    counts = Counter(str(node.target) for node in tower.graph.nodes)
+    layers = counts["mqc.attention_full.default"]
+    assert layers == 4 and "aten.scaled_dot_product_attention.default" not in counts
+    attend = tower.graph.find_nodes(op="call_function", target=torch.ops.mqc.attention_full.default)
+    for node in attend:
+        assert node.args[1] is None  # packed: heads are read where the linear left them
+        assert tensor_type(node).dtype == tensor_type(node.args[0]).dtype == torch.bfloat16
+    assert counts["aten.to.dtype"] <= 1
+
+
 def test_prompts_longer_than_the_buffer() -> None:
     """Buffers grow, by prefill and by decoding, and keep what they hold."""
     name = "tiny-llava"
@@ -143,12 +157,13 @@ def test_nothing_reads_memory_of_values_that_have_died() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_half_types_stay_close(dtype: str) -> None:
     name = "tiny-qwen2-vl"
-    exact = cuda_cases.logits(engine(name), name)
-    half = cuda_cases.logits(engine(name, dtype), name)
+    steps = tuple(range(11, 31))
+    exact = cuda_cases.logits(engine(name), name, steps=steps)
+    half = cuda_cases.logits(engine(name, dtype), name, steps=steps)
     probabilities = torch.softmax(exact, -1)
     kl = (probabilities * (torch.log_softmax(exact, -1) - torch.log_softmax(half, -1))).sum(-1)
     assert float(kl.mean()) < 0.03  # rounding of rows tips some int8 steps, in either type
-    assert (half.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+    assert (half.argmax(-1) == exact.argmax(-1)).float().mean() > 0.93
 
 
 def test_half_program_keeps_positions_and_scales_in_float() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mqc.cuda.library import AttentionArgs, DType, KernelError, Rotary, RotaryArgs
+from mqc.cuda.library import AttentionArgs, DType, KernelError, Rotary, RotaryArgs, RotateArgs
 
 TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
 
@@ -103,6 +103,46 @@ def test_rotary_cache(
             assert torch.equal(written, rows)
         assert bool((cache[:, :, :past] == 55).all())
         assert bool((cache[:, :, past + tokens :] == 55).all())
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+@pytest.mark.parametrize(
+    ("rotary", "dim", "width", "wide_table"),
+    [(Rotary.HALF, 80, 80, True), (Rotary.INTERLEAVED, 36, 12, True), (Rotary.HALF, 16, 8, False)],
+)
+def test_rotate(
+    emulated: Any, dtype: DType, rotary: Rotary, dim: int, width: int, wide_table: bool
+) -> None:
+    """Heads that lie between others; two sequences turn by the angles of one."""
+    emulated.configure(seed=dim)
+    torch_dtype = TORCH[dtype]
+    batch, tokens, heads, spare = 2, 5, 11, 3
+    x = torch.randn(batch, tokens, heads + spare, dim).to(torch_dtype)
+    angles = torch.rand(1, tokens, width) * 6
+    table = torch.float32 if wide_table else torch_dtype
+    cos, sin = angles.cos().to(table), angles.sin().to(table)
+    y = torch.full((batch, tokens, heads + 1, dim), 7.0, dtype=torch_dtype)
+    emulated.launch(
+        "rotate",
+        RotateArgs(
+            dtype=dtype,
+            rotary=rotary,
+            heads=heads,
+            head_dim=dim,
+            rotary_dim=width,
+            table_dtype=DType.F32 if wide_table else dtype,
+            rows=batch * tokens,
+            angle_rows=tokens,
+            x_stride=x.stride(1),
+            y_stride=y.stride(1),
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            y=y.data_ptr(),
+        ),
+    )
+    assert torch.equal(y[:, :, :heads], rotated(x[:, :, :heads], cos, sin, rotary))
+    assert bool((y[:, :, heads:] == 7).all())
 
 
 def run_attention(
@@ -247,3 +287,15 @@ def test_bad_arguments_are_refused(emulated: Any) -> None:
     refused("dtype of q or int8", "attention", cache_dtype=DType.F32)
     refused("cos and sin", "rotary_cache", rotary=Rotary.HALF)
     refused("k, v, past or a cache", "rotary_cache")
+
+    def unturned(match: str, **fields: Any) -> None:
+        given = {"dtype": DType.BF16, "table_dtype": DType.BF16, "rotary": Rotary.HALF}
+        given |= {"rows": 1, "angle_rows": 1, "heads": 2, "head_dim": 64, "rotary_dim": 64}
+        with pytest.raises(KernelError, match=match):
+            emulated.launch("rotate", RotateArgs(**(given | fields)))
+
+    unturned("not half or interleaved", rotary=Rotary.NONE)
+    unturned("head_dim 512", head_dim=512)
+    unturned("rotary_dim 66", rotary_dim=66)
+    unturned("0 rows of angles", angle_rows=0)
+    unturned("x, y, cos or sin is NULL")

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from mqc.backends.cuda.engine import CudaEngine
-from mqc.backends.cuda.kernels import Attention, CacheTensor, ReferenceKernels
+from mqc.backends.cuda.kernels import Attention, CacheTensor, FullAttention, ReferenceKernels
 from mqc.backends.cuda.native import NativeKernels, aligned_rows, hadamard_form
 from mqc.backends.cuda.ops import LINEAR
 from mqc.backends.cuda.register import implementations
@@ -122,6 +122,64 @@ def test_causal_attention_without_a_mask(kernels: NativeKernels, tokens: int, pa
     found = kernels.attention(blind, outs[0])
     expected = ReferenceKernels().attention(expected_call, outs[1])
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["packed", "packed_mask", "apart", "cross"])
+def test_attention_without_a_cache(kernels: NativeKernels, dtype: torch.dtype, form: str) -> None:
+    """Towers turn packed heads or heads apart; resamplers attend keys of another number."""
+    generator = torch.Generator().manual_seed(len(form))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    batch, rows, heads, groups, width = 2, 9, 4, 2, 24
+    angles = torch.rand(1, rows, width, generator=generator) * 6
+    turn: tuple[Any, ...] = (angles.cos(), angles.sin(), groups, width**-0.5, "half")
+    mask = (torch.arange(rows)[:, None] // 3 == torch.arange(rows) // 3)[None, None]
+    sides: tuple[Any, ...] = (random(batch, rows, heads + 2 * groups, width), None, None)
+    if form == "apart":
+        sides = tuple(random(batch, rows, n, width) for n in (heads, groups, groups))
+    elif form == "cross":
+        sides = tuple(random(batch, n, groups, width) for n in (rows, 5, 5))
+        turn = (None, None, groups, 0.3, "none")
+    call = FullAttention(*sides, mask if form == "packed_mask" else None, *turn)
+    kept = [None if side is None else side.clone() for side in sides]
+    found, expected = (k.attention_full(call) for k in (kernels, ReferenceKernels()))
+    assert found.dtype == dtype and found.shape == expected.shape
+    limit = 2e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+    for side, before in zip(sides, kept, strict=True):
+        assert side is None or side.equal(before)
+    if dtype == torch.float32:  # angles as wide as the rows: the operator's own definition
+        whole = torch.ops.mqc.attention_full(*sides, call.mask, *turn)
+        torch.testing.assert_close(found, whole, rtol=limit, atol=limit)
+
+
+def test_no_rows(kernels: NativeKernels) -> None:
+    """A batch without visual tokens leaves their experts no row: every kernel takes that."""
+    empty = torch.empty(1, 0, 64)
+    made = implementations(kernels)
+    scale = torch.tensor([0.02, 0.03])
+    count = torch.tensor([0])
+    xq, columns = made["mqc::rms_norm_quantize"](empty, 1e-6, scale, count, torch.tensor([3]))
+    assert xq.shape == (1, 0, 64) and columns.shape == (1, 0, 1)
+    act = ("silu", True, 32, scale, count, torch.tensor([3]))
+    assert made["mqc::activation_quantize"](empty, *act)[0].shape == (1, 0, 32)
+    assert made["mqc::quantize_static"](empty, scale, count).shape == (1, 0, 64)
+    assert made["mqc::hadamard"](empty, 64).shape == (1, 0, 64)
+    packed, layout = pack_linear(torch.ones(70, 64, dtype=torch.int8), 64)
+    terms = (
+        torch.ones(70),
+        scale,
+        count,
+        None,
+        columns,
+        torch.ones(70, 1),
+        empty.new_empty(1, 0, 70),
+    )
+    y = made["mqc_cuda::linear"](xq, packed, *terms, int(layout), torch.float32)
+    assert y.shape == (1, 0, 70)
 
 
 def test_operators_that_are_registered_for_the_device(kernels: NativeKernels) -> None:

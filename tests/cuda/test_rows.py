@@ -173,6 +173,14 @@ def test_hadamard(emulated: Any, dtype: DType, columns: int, base: int, log2: in
     run_activation(emulated, dtype, 2, columns, base=base, log2=log2, split=(0, columns - 1))
 
 
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+@pytest.mark.parametrize(("columns", "log2"), [(11008, 5), (344, 0)])
+def test_hadamard_of_a_large_factor(emulated: Any, dtype: DType, columns: int, log2: int) -> None:
+    """Half types keep factors up to order 352 in registers: 11008 inputs of 7B language models."""
+    emulated.configure(seed=columns)
+    run_activation(emulated, dtype, 1, columns, base=344, log2=log2, split=(0, columns - 1))
+
+
 def test_down_projection_of_qwen2_vl_7b(emulated: Any) -> None:
     emulated.configure(seed=7)
     run_activation(

@@ -19,6 +19,7 @@ from mqc.cuda.library import (
     NormArgs,
     Rotary,
     RotaryArgs,
+    RotateArgs,
     TopKArgs,
 )
 from mqc.cuda.pack import hadamard_table
@@ -198,6 +199,37 @@ class Checks:
         )
         self.close(case, out, want.transpose(1, 2).flatten(2), 2 * ULP[dtype])
 
+    def rotate(self, rows: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+        """Rotary embedding of a tower's heads by float32 angles."""
+        case = f"rotate {rows} x {heads} x {dim} {dtype}"
+        if not self.recorder.start(case):
+            return
+        x = self.real(rows, heads, dim, dtype=dtype)
+        angles = self.real(rows, dim, dtype=torch.float32)
+        cos, sin = angles.cos(), angles.sin()
+        y = torch.full_like(x, math.nan)
+        arguments = RotateArgs(
+            dtype=DTYPES[dtype],
+            rotary=Rotary.HALF,
+            heads=heads,
+            head_dim=dim,
+            rotary_dim=dim,
+            table_dtype=DType.F32,
+            rows=rows,
+            angle_rows=rows,
+            x_stride=heads * dim,
+            y_stride=heads * dim,
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            y=y.data_ptr(),
+        )
+        self.launch("rotate", arguments)
+        wide = x.float()
+        partner = torch.cat((-wide[..., dim // 2 :], wide[..., : dim // 2]), dim=-1)
+        turned = wide * cos[:, None] + partner * sin[:, None]
+        self.exact(case, y, turned.to(dtype))
+
     def gather(self, rows: int, columns: int, k: int, dtype: torch.dtype) -> None:
         case = f"top {k} of {rows} x {columns} {dtype}"
         if not self.recorder.start(case):
@@ -230,6 +262,7 @@ def run(
         if not small:
             shapes = [(1, 18944, 148, 7), (300, 18944, 148, 7), (64, 8960, 140, 6)]
             shapes += [(64, 8192, 1, 13), (500, 5120, 20, 8), (64, 11008, 1, 8)]
+            shapes += [(64, 11008, 344, 5)] if dtype != torch.float32 else []
         for rows, columns, base, log2 in shapes:
             checks.activation(rows, columns, base, log2, dtype)
         for int8 in (False, True):
@@ -237,5 +270,7 @@ def run(
                 ((1, 2, 70),) if small else ((1, 1, 0), (1, 1, 4099), (16, 1, 1000), (2, 5, 777))
             ):
                 checks.cache(batch, tokens, past, dtype, int8)
+        for rows, heads, dim in ((3, 5, 40),) if small else ((4096, 32, 80), (1000, 32, 72)):
+            checks.rotate(rows, heads, dim, dtype)
         for rows, columns, k in ((2, 5000, 3),) if small else ((1, 152064, 1), (16, 152064, 50)):
             checks.gather(rows, columns, k, dtype)
