@@ -229,7 +229,10 @@ class Attention : public Kernel {
 
 }  // namespace
 
-bool has_attention(const Variant& variant) { return variant.name == "Attention"; }
+bool has_attention(const Variant& variant) {
+    return variant.name == "Attention" &&
+           has_only(variant, {"packed", "half", "interleaved", "partial"});
+}
 
 Kernel* make_attention(const Variant& variant, const Ort::ConstKernelInfo& info) {
     return new Attention(variant, info);

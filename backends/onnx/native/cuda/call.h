@@ -1,6 +1,9 @@
 // One call of a CUDA kernel: the node's values, and onnxruntime's stream.
 #pragma once
 
+#include <initializer_list>
+#include <string>
+
 #include "binding/node.h"
 #include "kernels.h"
 #include "memory.h"
@@ -60,6 +63,17 @@ class Kernel {
   private:
     Registered registered_;
 };
+
+// Whether every flag of a variant is among these: flags that are new to the CPU's library are not
+// taken for what they are not.
+inline bool has_only(const Variant& variant, std::initializer_list<const char*> known) {
+    for (const std::string& flag : variant.flags) {
+        bool found = false;
+        for (const char* name : known) found = found || flag == name;
+        if (!found) return false;
+    }
+    return true;
+}
 
 // Whether there is a kernel; others run by their bodies, on onnxruntime's own kernels.
 bool has_linear(const Variant& variant);

@@ -135,7 +135,9 @@ class Linear : public Kernel {
 }  // namespace
 
 bool has_linear(const Variant& variant) {
-    if (!variant.has("s8")) return false;
+    const bool known = has_only(variant, {"mask", "count", "bias", "split", "residual", "group", "odd",
+                                          "s8", "c16k4"});
+    if (!known || !variant.has("s8")) return false;
     return variant.name == "LinearW4A8" || (variant.name == "LinearW8A8" && !variant.has("group"));
 }
 
