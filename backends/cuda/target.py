@@ -10,6 +10,7 @@ import torch
 
 from mqc.artifact import ArtifactWriter
 from mqc.errors import MqcError, TargetError, UsageError
+from mqc.host.cache import KV_CACHE
 from mqc.host.engine import Engine
 from mqc.host.runnable import Runnable, load_runnable
 from mqc.ir import Program
@@ -73,7 +74,7 @@ class CudaTarget:
         path: Path,
         *,
         device: str = "cuda",
-        kv_cache: str = "float",
+        kv_cache: str | None = None,
         graphs: bool = True,
         capacity: int = 1024,
         trust_remote_code: bool = False,
@@ -83,7 +84,7 @@ class CudaTarget:
         Args:
             path: its folder.
             device: "cuda", or "reference" to compute every operator by its definition on the CPU.
-            kv_cache: "float", or "int8" with one scale a row.
+            kv_cache: "float", or "int8" with one scale a row; the scheme's where None.
             graphs: record decode steps as CUDA graphs.
             capacity: rows of the smallest KV buffer; larger ones are made when needed.
             trust_remote_code: run the code that the checkpoint brought.
@@ -100,8 +101,9 @@ class CudaTarget:
             require_device(path)
 
         def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
+            kind = kv_cache or manifest["facts"].get(KV_CACHE, "float")
             return open_engine(
-                folder, device=device, kv_cache=kv_cache, graphs=graphs, capacity=capacity
+                folder, device=device, kv_cache=kind, graphs=graphs, capacity=capacity
             )
 
         return load_runnable(path, engine, trust_remote_code=trust_remote_code)
