@@ -21,7 +21,7 @@ struct Heads {
 class Attention : public Kernel {
   public:
     Attention(const Variant& variant, const Ort::ConstKernelInfo& info)
-        : scale_(info.GetAttribute<float>("scale")) {
+        : scale_(info.GetAttribute<float>("scale")), int8_(variant.name == "AttentionInt8") {
         if (variant.has("half")) rotary_ = MQC_ROTARY_HALF;
         if (variant.has("interleaved")) rotary_ = MQC_ROTARY_INTERLEAVED;
     }
@@ -36,15 +36,22 @@ class Attention : public Kernel {
         auto attend = Call::arguments<mqc_attention_args>();
 
         attend.out = call.output<float>(0, {h.batch, h.tokens, h.heads * h.dim});
-        rotary.key_cache = renew(call, 1, keys, rows);
-        rotary.value_cache = renew(call, 2, values, rows);
+        rotary.key_cache = renew(call, 1, keys, rows, int8_ ? 1 : kFloat);
+        rotary.value_cache = renew(call, 2, values, rows, int8_ ? 1 : kFloat);
+        if (int8_) {
+            rotary.key_scale = renew_scales(call, 3, "key_scale", keys, rows);
+            rotary.value_scale = renew_scales(call, 4, "value_scale", keys, rows);
+        }
         if (h.batch == 0 || h.tokens == 0) return;
         rotary.capacity = rows;
         rotary.past = call.workspace().number(past, call.stream());
         set_scratch(call, h, rotary);
         call.check(kernels().rotary_cache(&rotary, call.stream()));
 
-        attend.dtype = attend.cache_dtype = MQC_F32;
+        attend.dtype = MQC_F32;
+        attend.cache_dtype = rotary.cache_dtype;
+        attend.key_scale = rotary.key_scale;
+        attend.value_scale = rotary.value_scale;
         attend.batch = rotary.batch;
         attend.tokens = rotary.tokens;
         attend.q_heads = rotary.q_heads;
@@ -125,7 +132,8 @@ class Attention : public Kernel {
 
     mqc_rotary_args rotary_of(const Call& call, const Heads& h) const {
         auto args = Call::arguments<mqc_rotary_args>();
-        args.dtype = args.cache_dtype = MQC_F32;
+        args.dtype = MQC_F32;
+        args.cache_dtype = int8_ ? MQC_I8 : MQC_F32;
         args.rotary = rotary_;
         args.batch = static_cast<int32_t>(h.batch);
         args.tokens = static_cast<int32_t>(h.tokens);
@@ -159,9 +167,10 @@ class Attention : public Kernel {
     // In float16, on tensor cores: the rows of a prompt. Its 11 bits are those of TF32, in which
     // onnxruntime's own products are by default. `args` is in float32; `keys` rows are in use.
     static void run_half(const Call& call, const Heads& h, int64_t keys, mqc_attention_args& args) {
+        const bool int8 = args.cache_dtype == MQC_I8;  // read as it is
         const int64_t width = h.heads * h.dim, rows = h.batch * h.tokens;
         const int64_t groups = h.batch * h.kv_heads, used = keys * h.dim;
-        const int64_t of_rows = pieces(rows * width), of_cache = pieces(groups * used);
+        const int64_t of_rows = pieces(rows * width), of_cache = int8 ? 0 : pieces(groups * used);
         auto* q = static_cast<uint8_t*>(call.workspace().more(2 * of_rows + 2 * of_cache));
         uint8_t *out = q + of_rows, *k = out + of_rows, *v = k + of_cache;
         const auto narrow = [&](uint8_t* to, const void* from, int64_t stride, int64_t values,
@@ -170,15 +179,18 @@ class Attention : public Kernel {
                                              values, count, call.stream()));
         };
         narrow(q, args.q, args.q_stride, width, rows);
-        narrow(k, args.key_cache, args.capacity * h.dim, used, groups);
-        narrow(v, args.value_cache, args.capacity * h.dim, used, groups);
+        if (!int8) {
+            narrow(k, args.key_cache, args.capacity * h.dim, used, groups);
+            narrow(v, args.value_cache, args.capacity * h.dim, used, groups);
+            args.cache_dtype = MQC_F16;
+            args.capacity = keys;
+            args.key_cache = k;
+            args.value_cache = v;
+        }
         auto* result = static_cast<float*>(args.out);
-        args.dtype = args.cache_dtype = MQC_F16;
-        args.capacity = keys;
+        args.dtype = MQC_F16;
         args.q = q;
         args.q_stride = width;
-        args.key_cache = k;
-        args.value_cache = v;
         args.out = out;
         run(call, args);
         call.check(kernels().rows_to_f32(result, width, out, width, width, rows, call.stream()));
@@ -213,24 +225,35 @@ class Attention : public Kernel {
     // The cache in its output: what is there already stays where both are the same memory (a host
     // that binds one buffer to input and output), else it is copied. More rows than the cache has
     // are all new ones: the mask has past + S columns then.
-    static float* renew(Call& call, size_t output, const Tensor& cache, int64_t rows) {
+    static void* renew(Call& call, size_t output, const Tensor& cache, int64_t rows, int64_t bytes) {
         std::vector<int64_t> shape = cache.shape;
-        const int64_t heads = shape[0] * shape[1], row = shape[3] * kFloat, old = shape[2] * row;
+        const int64_t heads = shape[0] * shape[1];
+        const int64_t row = shape.size() > 3 ? shape[3] * bytes : bytes, old = shape[2] * row;
         shape[2] = rows;
-        float* to = call.output<float>(output, shape);
-        if (to == cache.data) return to;
-        call.check(kernels().copy_rows(to, rows * row, cache.data, old, old, heads, call.stream()));
+        void* to = call.output<void>(output, shape);
+        if (to != cache.data)
+            call.check(
+                kernels().copy_rows(to, rows * row, cache.data, old, old, heads, call.stream()));
         return to;
     }
 
+    static float* renew_scales(Call& call, size_t output, const char* name, const Tensor& keys,
+                               int64_t rows) {
+        const Tensor scale = call.input(name);
+        const std::vector<int64_t> wanted(keys.shape.begin(), keys.shape.end() - 1);
+        call.require(scale.shape == wanted, name, scale, text_of(wanted).c_str());
+        return static_cast<float*>(renew(call, output, scale, rows, kFloat));
+    }
+
     float scale_;
+    bool int8_;
     int32_t rotary_ = MQC_ROTARY_NONE;
 };
 
 }  // namespace
 
 bool has_attention(const Variant& variant) {
-    return variant.name == "Attention" &&
+    return (variant.name == "Attention" || variant.name == "AttentionInt8") &&
            has_only(variant, {"packed", "half", "interleaved", "partial"});
 }
 
