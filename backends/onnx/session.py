@@ -113,8 +113,8 @@ class OnnxEngine:
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
-        outputs = self._run("vision", inputs)
-        return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in outputs], dim=-1)
+        outputs = [rows.reshape(-1, rows.shape[-1]) for rows in self._run("vision", inputs)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""

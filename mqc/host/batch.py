@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from mqc.errors import UsageError
@@ -119,24 +120,29 @@ class KeyTable:
         new, padded = valid.shape[1], not bool(valid.all())
         if new == 1 and not padded and self.windows == (None,):  # a decode step: all keys but holes
             return torch.nn.functional.pad(self.valid[:, None, None], (0, 1), value=True)
-        seen = torch.ones(new, new, dtype=torch.bool).tril().expand(len(valid), -1, -1)
+        # NumPy: torch's threads would wait for cores on which those of an engine still spin.
+        past, rows = len(self), valid.numpy()
+        seen = np.tri(new, dtype=bool)[None]
         if blocks is not None and bool((blocks >= 0).any()):
-            together = blocks[:, :, None] == blocks[:, None, :]
-            seen = seen | (together & (blocks >= 0)[:, :, None])
-        past = self.valid[:, None, :].expand(-1, new, -1)
-        allowed = torch.cat([past, seen & valid[:, None, :]], dim=2)
+            number = blocks.numpy()
+            together = number[:, :, None] == number[:, None, :]
+            seen = seen | (together & (number >= 0)[:, :, None])
+        allowed = np.empty((len(rows), new, past + new), bool)
+        allowed[:, :, :past] = self.valid.numpy()[:, None, :]
+        np.logical_and(seen, rows[:, None, :], out=allowed[:, :, past:])
+        itself = np.arange(new), past + np.arange(new)
         if padded:
-            allowed &= valid[:, :, None]
-            allowed[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
+            allowed &= rows[:, :, None]
+            allowed[:, *itself] = True
         if self.windows == (None,):
-            return allowed[:, None]
+            return torch.from_numpy(allowed[:, None])
         rank = self._ranks(valid)
-        back = rank[:, :, None] - torch.cat([self.rank, rank], dim=1)[:, None, :]
+        back = (rank[:, :, None] - torch.cat([self.rank, rank], dim=1)[:, None, :]).numpy()
         near = [None if window is None else back < window for window in self.windows]
         masks = [allowed if inside is None else allowed & inside for inside in near]
-        result = torch.stack(masks, dim=1)
-        result[..., len(self) :] |= torch.eye(new, dtype=torch.bool)
-        return result
+        result = np.stack(masks, axis=1)
+        result[:, :, *itself] = True
+        return torch.from_numpy(result)
 
     def append(
         self, visual_mask: torch.Tensor, valid: torch.Tensor, kv_order: str | None = None

@@ -143,7 +143,7 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
     """
     # An image token may lie outside the vocabulary; its row is replaced anyway.
     ids = batch.input_ids.masked_fill(batch.visual_mask, 0)
-    embeds = engine.embed(ids).clone()
+    embeds = _copy(engine.embed(ids))
     seen = iter(see(engine, [call for prompt in prompts for call in prompt.vision_calls]))
     for index, prompt in enumerate(prompts):
         wanted = int(prompt.visual_mask.sum())
@@ -156,13 +156,29 @@ def merge(engine: Engine, prompts: Sequence[Prompt], batch: Batch) -> torch.Tens
                 hint="give images as message parts and leave image tokens out of the text",
             )
         if pieces:
-            rows = torch.cat(pieces).to(embeds)
+            rows = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(embeds)
             if prompt.visual_order is not None:
                 rows = rows[prompt.visual_order.to(rows.device)]
             wider = rows.shape[-1] - embeds.shape[-1]
             embeds = torch.nn.functional.pad(embeds, (0, wider)) if wider else embeds
-            embeds[index, batch.visual_mask[index].to(embeds.device)] = rows
+            _put(embeds[index], batch.visual_mask[index], rows)
     return embeds
+
+
+def _copy(embeds: torch.Tensor) -> torch.Tensor:
+    """A copy to write to. Here and below NumPy does a CPU's work: torch's threads would wait for
+    cores on which those of an engine still spin."""
+    if embeds.device.type == "cpu" and embeds.dtype == torch.float32:
+        return torch.from_numpy(embeds.detach().numpy().copy())
+    return embeds.clone()
+
+
+def _put(embeds: torch.Tensor, where: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write ``rows`` [n, hidden] to those places of ``embeds`` [T, hidden] that ``where`` names."""
+    if embeds.device.type == "cpu" and embeds.dtype == torch.float32:
+        embeds.numpy()[where.numpy()] = rows.detach().numpy()
+    else:
+        embeds[where.to(embeds.device)] = rows
 
 
 def prefill(
