@@ -198,10 +198,12 @@ def single_op(
     form: str | None,
     bias: bool,
     hadamard: int = 0,
+    floats: bool = False,
 ) -> Program:
     """Component "layer": x [batch, tokens, columns] -> quantize -> linear_w4a8 (q, s, a, b).
 
-    With ``hadamard``, x goes through the transform twice before.
+    With ``hadamard``, x goes through the transform twice before; with ``floats``, it is not
+    quantized: linear_w4a16.
     """
     graph, store = fx.Graph(), ParamStore()
     kind = TensorType(("batch", "tokens", columns), torch.float32)
@@ -223,12 +225,16 @@ def single_op(
     x, modality = nodes["x"], nodes.get("modality")
     for _ in range(2 if hadamard else 0):
         x = call(graph, ops.hadamard.default, (x, hadamard), kind, x)
-    args = (x, values["a"], modality)
-    xq = call(graph, ops.quantize_static.default, args, kind.with_dtype(torch.int8), x)
     made = kind.with_shape("batch", "tokens", rows)
     last = values["b"] if bias else None
-    args = (xq, values["q"], values["s"], values["a"], modality, last, None, None)
-    y = call(graph, ops.linear_w4a8.default, args, made, x)
+    if floats:
+        args = (x, values["q"], values["s"], last, None, None)
+        y = call(graph, ops.linear_w4a16.default, args, made, x)
+    else:
+        args = (x, values["a"], modality)
+        xq = call(graph, ops.quantize_static.default, args, kind.with_dtype(torch.int8), x)
+        args = (xq, values["q"], values["s"], values["a"], modality, last, None, None)
+        y = call(graph, ops.linear_w4a8.default, args, made, x)
     graph.output((y,))
     outputs = [Port("y", made, ("batch", "token", None))]
     component = Component("layer", graph, ports, outputs)

@@ -188,6 +188,30 @@ def test_integer_products_are_exact(
     assert torch.equal(got[0], want[0])
 
 
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("columns", [24, 15])
+def test_weight_only_products(tmp_path: Path, columns: int, group: bool) -> None:
+    """In the kernels' layout where it fits, else as packed; whole numbers stay exact."""
+    generator = torch.Generator().manual_seed(1)
+    rows = 5
+    weight = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    params = {
+        "q": pack_int4(weight),
+        "s": torch.full((rows, 3) if group else (rows,), 0.5),
+        "b": torch.arange(float(rows)),
+    }
+    program = single_op(params, columns, rows, None, True, floats=True)
+    fits = columns == 24
+    assert lower(program)[1]["packed"] == fits
+    emit(program, tmp_path)
+    model = onnx.load(tmp_path / "layer.onnx", load_external_data=False)
+    flags = ["bias", *["group"] * group, "c16k4" if fits else "odd"]
+    assert "_".join(["LinearW4A16", *flags]) in {node.op_type for node in model.graph.node}
+    inputs = {"x": torch.randint(-50, 50, (2, 7, columns), generator=generator).float()}
+    got, want = actual(tmp_path / "layer.onnx", inputs), expected(program, "layer", inputs)
+    assert torch.equal(got[0], want[0])
+
+
 def test_hadamard_factors_are_stored_once(tmp_path: Path) -> None:
     params = {"q": torch.ones(148, 74, dtype=torch.uint8), "s": torch.ones(148)}
     params |= {"a": torch.ones(1), "b": torch.ones(148)}
