@@ -11,7 +11,8 @@ namespace {
 using mqc_onnx::Transform;
 using mqc_onnx::transform_of;
 
-constexpr int64_t kMostBase = 160;
+constexpr int64_t kMostBase = 352, kMostFloatBase = 160;
+constexpr int64_t kHalf = 2;  // bytes
 
 // Columns to return in float: checked on the host, on the device as the kernels take them.
 class Split {
@@ -69,7 +70,7 @@ class Blocks {
         if (transform_.base > kMostBase)
             throw std::runtime_error(
                 "ai.mqc::" + variant.op_type() + ": a transform with a dense factor of order " +
-                std::to_string(transform_.base) + ", at most 160 on a GPU");
+                std::to_string(transform_.base) + ", at most 352 on a GPU");
         if (transform_.base == 1) return;
         const auto words = pack_signs(transform_.signs, transform_.base);
         table_ = Memory(words.data(), static_cast<int64_t>(words.size() * sizeof(uint32_t)));
@@ -89,6 +90,31 @@ class Blocks {
     Memory table_;
 };
 
+// Dense factors of large orders are taken in half precision alone: rows of x are narrowed to float16
+// then, and float results widened.
+void launch(const Call& call, mqc_activation_args args) {
+    const Kernels& k = kernels();
+    if (args.hadamard_base <= kMostFloatBase) {
+        call.check(k.activation_quantize(&args, call.stream()));
+        return;
+    }
+    const int64_t width = args.x_stride, rows = args.rows, columns = args.columns;
+    const int64_t split = args.split_columns, of_x = (rows * width * kHalf + 255) / 256 * 256;
+    auto* x = static_cast<uint8_t*>(
+        call.workspace().scratch(of_x + rows * (args.y ? columns : 0) * kHalf + rows * split * kHalf));
+    auto *y = static_cast<float*>(args.y), *x_split = static_cast<float*>(args.x_split);
+    call.check(k.rows_to_f16(x, width, static_cast<const float*>(args.x), width, width, rows,
+                             call.stream()));
+    args.dtype = MQC_F16;
+    args.x = x;
+    if (y) args.y = x + of_x;
+    if (split) args.x_split = x + of_x + (y ? rows * columns * kHalf : 0);
+    call.check(k.activation_quantize(&args, call.stream()));
+    if (y) call.check(k.rows_to_f32(y, columns, args.y, columns, columns, rows, call.stream()));
+    if (split)
+        call.check(k.rows_to_f32(x_split, split, args.x_split, split, split, rows, call.stream()));
+}
+
 class Quantize : public Kernel {
     void compute(Call& call) const override {
         const Tensor x = call.input("x");
@@ -97,7 +123,7 @@ class Quantize : public Kernel {
         args.scale = call.set_scales(args, "scale", x);
         args.xq = call.output<int8_t>(0, x.shape);
         args.xq_stride = x.last();
-        if (x.count) call.check(kernels().activation_quantize(&args, call.stream()));
+        if (x.count) launch(call, args);
     }
 };
 
@@ -133,7 +159,7 @@ class RmsNorm : public Kernel {
         norm.scale = nullptr;
         rest.x = norm.h;
         call.check(kernels().rms_norm_quantize(&norm, call.stream()));
-        call.check(kernels().activation_quantize(&rest, call.stream()));
+        launch(call, rest);
     }
 
   private:
@@ -170,7 +196,7 @@ class Activation : public Kernel {
         args.xq = call.output<int8_t>(0, y.shape);
         args.xq_stride = y.last();
         split_.set(call, y, args);
-        if (x.count) call.check(kernels().activation_quantize(&args, call.stream()));
+        if (x.count) launch(call, args);
     }
 
   private:
@@ -197,7 +223,7 @@ class Hadamard : public Kernel {
         blocks_.set(call, x, args);
         args.y = y;
         args.y_stride = x.last();
-        call.check(kernels().activation_quantize(&args, call.stream()));
+        launch(call, args);
     }
 
   private:
