@@ -20,7 +20,6 @@ void tile_of_pairs(const Tile& t) {
 #pragma GCC unroll 8
             for (int c = 0; c < kPairs; c++) sum[p][c] = vdupq_n_s32(0);
         const uint8_t* w = t.w + g * t.w_group;
-        uint8_t* keep = form == kNibbles && t.keep ? t.keep + g * t.keep_group : nullptr;
         const int8_t* x = t.x + g * t.group_k;
         for (int64_t i = 0; i < t.group_k; i += 8, w += form == kNibbles ? 64 : 128) {
             int8x16_t rows[P];
@@ -36,10 +35,6 @@ void tile_of_pairs(const Tile& t) {
                 const uint8x16_t bytes = vld1q_u8(w + 16 * v);
                 uint8x16_t low = form == kNibbles ? Neon::low(bytes) : bytes;
                 uint8x16_t high = form == kNibbles ? Neon::high(bytes) : vld1q_u8(w + 64 + 16 * v);
-                if (form == kNibbles && keep) {
-                    vst1q_u8(keep + 16 * v, low);
-                    vst1q_u8(keep + 64 + 16 * v, high);
-                }
                 if (form == kBytes) {
                     low = veorq_u8(low, vdupq_n_u8(0x80));
                     high = veorq_u8(high, vdupq_n_u8(0x80));
@@ -54,7 +49,6 @@ void tile_of_pairs(const Tile& t) {
                     sum[p][2 * v + 1] = vmmlaq_s32(sum[p][2 * v + 1], rows[p], pair1);
                 }
             }
-            if (form == kNibbles && keep) keep += 128;
         }
         float32x4_t y[R][N];
 #pragma GCC unroll 8
@@ -105,7 +99,9 @@ void pack_rows(const uint8_t* x, int64_t rows, const Sizes& s, int64_t padded, u
 }
 
 void tile(Form form, const Tile& t) {
-    if (form == kNibbles)
+    if (form == kNibbles && t.keep)
+        tile(kSmall, kept(t));
+    else if (form == kNibbles)
         tile_rows_of_pairs<kNibbles, kRows>(t);
     else if (form == kSmall)
         tile_rows_of_pairs<kSmall, kRows>(t);
