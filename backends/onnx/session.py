@@ -226,18 +226,24 @@ def open_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
+        if provider != "cpu" and "Could not find an implementation" in str(error):
+            raise _not_started(provider) from error  # the library's kernels are the provider's
         raise ArtifactError(
             f"onnxruntime cannot open {path}: {_reason(error)}",
             hint="copy or compile the artifact again",
         ) from error
     if providers[0] not in session.get_providers():  # onnxruntime goes on without it
-        raise TargetError(
-            f"onnxruntime cannot start its {providers[0]}",
-            hint="check the GPU's driver (nvidia-smi) and that CUDA and cuDNN of the versions that "
-            "onnxruntime-gpu was built for are installed",
-        )
+        raise _not_started(provider)
     _trim_heap()
     return session
+
+
+def _not_started(provider: str) -> TargetError:
+    return TargetError(
+        f"onnxruntime cannot start its {_PROVIDERS[provider]}",
+        hint="check the GPU's driver (nvidia-smi), and that CUDA and cuDNN of the versions that "
+        "onnxruntime-gpu was built for are installed",
+    )
 
 
 def _trim_heap() -> None:

@@ -207,6 +207,30 @@ def test_provider(files: tuple[Program, Path]) -> None:
         assert caught.value.hint == "pip install mqc[gpu] in place of mqc[cpu]"
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("library", ["none", "own"])
+def test_provider_that_does_not_start(
+    files: tuple[Program, Path], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime goes on with the CPU then, or finds no kernel for the library's operators."""
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("it would start")
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: names)
+    monkeypatch.setenv("MQC_ONNX_CUDA_OPS", "none")
+
+    def no_kernel(*args: object, **more: object) -> None:
+        raise RuntimeError("Could not find an implementation for LinearW4A8_s8(1)")
+
+    if library == "own":
+        monkeypatch.setattr(ort, "InferenceSession", no_kernel)
+    with pytest.raises(TargetError, match="cannot start its CUDAExecutionProvider") as caught:
+        open_session(files[1] / "embed.onnx", "cuda")
+    assert "nvidia-smi" in str(caught.value.hint)
+
+
 def test_without_onnxruntime(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "_installed", lambda name: name != "onnxruntime")
     with pytest.raises(TargetError, match="onnxruntime, which is not installed") as caught:
