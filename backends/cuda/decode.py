@@ -52,6 +52,8 @@ class DecodeStep:
         self.past = torch.full((1,), slot.capacity - 1, **integers)
         self.mask = torch.ones(batch, 1, 1, slot.capacity, dtype=torch.bool, device=device)
         self._constants = self._constant_inputs(decoder.component.inputs)
+        with torch.inference_mode():
+            self._known = decoder.constants(self._constants, Call(self.arena))
         self._replay, (self.tokens, self.logits) = record(self._step)
 
     def _constant_inputs(self, ports: list[Port]) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ class DecodeStep:
             }
             names = [port.name for port in ports if "capacity" in port.axes]
             inputs.update(zip(names, self.slot.caches, strict=True))
-            logits = self._decoder.run(inputs, Call(self.arena))[0][:, 0]
+            logits = self._decoder.run(inputs, Call(self.arena), self._known)[0][:, 0]
             tokens = self._decoder.kernels.argmax(logits)
             self.ids.copy_(tokens[:, None])
             self.positions.add_(1)

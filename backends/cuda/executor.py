@@ -115,15 +115,34 @@ class Executor:
                 self._steps.append((node, self._step(node), dying.get(node, [])))
         self._outputs = component.output_node.args[0]
 
-    def run(self, inputs: Mapping[str, Any], call: Call) -> list[Any]:
+    def constants(self, inputs: Mapping[str, Any], call: Call) -> dict[fx.Node, Any]:
+        """What follows from these inputs and the parameters alone, kernels' results apart.
+
+        A run that is to be recorded takes it as ``known``: a number that the host reads, as of the
+        rows of an expert, could not be recorded.
+        """
+        names = dict(zip(self._names, self._inputs, strict=True))
+        values = {**self._start, **{names[name]: value for name, value in inputs.items()}}
+        found: dict[fx.Node, Any] = {}
+        for node, step, _ in self._steps:
+            if node.target not in _HANDLERS and all(n in values for n in node.all_input_nodes):
+                values[node] = found[node] = step(call, values)
+        return found
+
+    def run(
+        self, inputs: Mapping[str, Any], call: Call, known: Mapping[fx.Node, Any] | None = None
+    ) -> list[Any]:
         """The outputs. Inputs by port name; cache ports take :class:`CacheTensor`.
 
-        Results may lie in the arena only where they alias an input.
+        Results may lie in the arena only where they alias an input. ``known``: values that
+        :meth:`constants` gave for some of the inputs.
         """
-        values = dict(self._start)
+        values = {**self._start, **(known or {})}
         for node, name in zip(self._inputs, self._names, strict=True):
             values[node] = inputs[name]
         for node, step, dead in self._steps:
+            if known and node in known:
+                continue
             values[node] = step(call, values)
             for value in dead:
                 del values[value]

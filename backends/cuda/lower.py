@@ -54,7 +54,8 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
             and the accumulators are float32 in any case.
 
     Raises:
-        TargetError: an unknown dtype, or weights that no kernel takes.
+        TargetError: an unknown dtype, weights that no kernel takes, or a program all of whose
+            quantized linears have float activations.
     """
     if dtype not in DTYPES:
         raise TargetError(
@@ -67,10 +68,13 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
     counts: Counter[str] = Counter()
     for record in manager.records:
         counts.update(record.counts)
+    widened: list[str] = []
     for component in result:
         _pack_linears(result, component, counts)
-        _widen_weight_only(result, component, counts)
+        widened += _widen_weight_only(result, component)
         _split_columns(result, component)
+    if widened:
+        _report_widened(result, widened, counts, dtype)
     if DTYPES[dtype] != torch.float32:
         to_half(result, DTYPES[dtype])
     _float_logits(result)
@@ -151,8 +155,24 @@ def _packed(program: Program, names: tuple[str, str | None], k: int, size: int) 
     return load
 
 
-def _widen_weight_only(program: Program, component: Component, counts: Counter[str]) -> None:
-    """Weight-only linears as float ones: the library has no kernel for float activations."""
+def _report_widened(program: Program, names: list[str], counts: Counter[str], dtype: str) -> None:
+    """Say in the history what weight-only linears became; refuse a program of nothing else."""
+    if not counts["packed weights"]:
+        raise TargetError(
+            "only weights are quantized; the CUDA kernels multiply integers by integers, and this "
+            f"program would be stored and read as {dtype}",
+            hint="quantize activations too (scheme w4a8 or w8a8), or compile for --target onnx",
+        )
+    counts["widened to float"] = len(names)
+    reason = f"no kernel takes float activations: its weight is stored and read as {dtype}"
+    skips = [{"where": name, "reason": reason} for name in names]
+    record = {"pass": "pack-weights", "counts": {"widened": len(names)}, "skips": skips}
+    program.history.append(record)
+
+
+def _widen_weight_only(program: Program, component: Component) -> list[str]:
+    """Weight-only linears as float ones; returns their names."""
+    found: list[str] = []
     for node in list(component.graph.nodes):
         if node.target not in _WEIGHT_ONLY:
             continue
@@ -174,7 +194,8 @@ def _widen_weight_only(program: Program, component: Component, counts: Counter[s
             if argument(node, 6) is not None:
                 new = call(graph, aten.add.Tensor, (new, argument(node, 6)), kind, node)
         replace(node, new)
-        counts["widened to float"] += 1
+        found.append(str(node.meta.get("layer") or weight.target))
+    return found
 
 
 def _dequantized(program: Program, weight: str, scale: str, k: int) -> Loader:

@@ -252,15 +252,22 @@ def test_weights_that_no_kernel_takes_are_refused() -> None:
 
 
 def test_weight_only_program_runs() -> None:
-    """No kernel takes float activations: such weights are widened, and the answer is the same."""
+    """No kernel takes float activations: such weights are widened, and the answer is the same. The
+    history says so; a program of nothing else is refused."""
     name = "tiny-llava"
     overrides = ("decoder.activations.bits=none", "decoder.activations.per_modality=false")
     program = cuda_cases.quantized(name, overrides)
     low, counts = lower(program, "f32")
     assert counts["widened to float"] == 4 * 7 + 1
+    skips = low.history[-1]["skips"]
+    assert len(skips) == 4 * 7 + 1 and "stored and read as f32" in skips[0]["reason"]
     found = cuda_cases.logits(CudaEngine(low, ReferenceKernels()), name)
     expected = cuda_cases.logits(ProgramEngine(program), name)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    everywhere = tuple(f"vision.{item.removeprefix('decoder.')}" for item in overrides)
+    with pytest.raises(TargetError, match="only weights are quantized") as caught:
+        lower(cuda_cases.quantized(name, overrides + everywhere))
+    assert "w4a8" in str(caught.value.hint)
 
 
 def test_causal_masks_are_recognised() -> None:
