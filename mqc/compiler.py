@@ -16,6 +16,7 @@ from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
 from mqc.config import make_recipe
 from mqc.errors import TargetError, UsageError
 from mqc.host import ProgramEngine, Runnable, append_answer
+from mqc.host.cache import KV_CACHE
 from mqc.host.score import answer_ids
 from mqc.ir import Program, Scratch, load_program, save_program
 from mqc.models import EMBEDDED
@@ -143,6 +144,8 @@ def compile(  # noqa: A001  (mqc.compile)
             calibrated = _prompts(data, program, folder, trust_remote_code)
         program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
         stages.enter("emit")
+        if plan.kv_cache != "float":
+            program.facts = {**program.facts, KV_CACHE: plan.kv_cache}
         lowered = backend.lower(program)
         backend.emit(lowered, writer)
         writer.copy_model_files(folder)

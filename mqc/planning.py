@@ -132,7 +132,7 @@ def plan(
         online_rotations=counts.get("online", 0),
         value_heads=counts.get("value_heads", 0),
         components=parts,
-        kv_bytes_per_token=_kv_bytes(program),
+        kv_bytes_per_token=_kv_bytes(program, scheme),
         tokens=tokens,
         image_tokens=image_tokens,
         passes=[{"pass": name, **entry.get("counts", {})} for name, entry in history.items()],
@@ -194,11 +194,17 @@ def _count(kind: TensorType) -> int:
     return count
 
 
-def _kv_bytes(program: Program) -> int:
-    """Bytes that one token takes in the KV cache of one sequence."""
+def _kv_bytes(program: Program, scheme: Scheme) -> int:
+    """Bytes that one token takes in the KV cache of one sequence; int8 rows have a float scale."""
+    int8 = scheme.kv_cache == "int8"
     ports = program.components["decoder"].inputs
     caches = [port for port in ports if port.axis("past") is not None and port.name != "mask"]
     return sum(
-        int(port.type.shape[1]) * int(port.type.shape[3]) * port.type.dtype.itemsize
+        int(port.type.shape[1])
+        * (
+            int(port.type.shape[3]) + 4
+            if int8
+            else int(port.type.shape[3]) * port.type.dtype.itemsize
+        )
         for port in caches
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mqc.ir import Program
 from mqc.passes.fuse_angles import FuseAngles
-from mqc.passes.fuse_attention import FuseAttention
+from mqc.passes.fuse_attention import BUFFER, FuseAttention
 from mqc.passes.fuse_order import FuseOrder
 from mqc.passes.fuse_quantize import FuseQuantize
 from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
+from mqc.passes.quantize_cache import QuantizeCache
 from mqc.passes.select_rows import SelectRows
 from mqc.transform import Pass, PassContext, PassManager
 
@@ -33,3 +34,17 @@ def fuse(program: Program, leave_out: tuple[str, ...] = ()) -> Program:
     """
     passes = [item() for item in LOWERING if item.name not in leave_out]
     return PassManager(passes).run(program, PassContext())
+
+
+def narrow_cache(program: Program, kind: str) -> Program:
+    """``program`` with buffered caches of ``kind``: "float" as they are, or "int8".
+
+    Of a program that no target lowered, attention is fused first.
+
+    Raises:
+        PassPreconditionError: its caches grow.
+    """
+    if kind == "float":
+        return program
+    passes: list[Pass] = [] if program.facts.get("cache") == BUFFER else [FuseAttention()]
+    return PassManager([*passes, QuantizeCache()]).run(program, PassContext())

@@ -17,6 +17,7 @@ from mqc.passes.hadamard_fuse import HadamardFuse
 from mqc.passes.hadamard_online import HadamardOnline
 from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.modality_split import ModalitySplit
+from mqc.passes.quantize_cache import QuantizeCache
 from mqc.passes.quantize_weights import QuantizeWeights
 from mqc.passes.rms_suppress import RmsSuppress
 from mqc.passes.select_rows import SelectRows
@@ -45,6 +46,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseOrder,
         FuseAngles,
         SelectRows,
+        QuantizeCache,
     )
 }
 """In the order of the default pipeline, then those that targets lower with."""

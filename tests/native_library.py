@@ -46,6 +46,7 @@ class Attention(ctypes.Structure):
         *((name, void) for name in ("q", "k", "v")),
         *((name, i64) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, void) for name in ("cosine", "sine", "mask", "key_cache", "value_cache", "out")),
+        *((name, void) for name in ("key_bytes", "value_bytes", "key_scale", "value_scale")),
     ]
 
 

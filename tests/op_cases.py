@@ -74,3 +74,56 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, form: str) -> 
         sign = -1 if (i < half if form == "half" else i % 2 == 0) else 1
         result[..., i] = x[..., i] * cos[..., None, i] + sign * x[..., partner] * sin[..., None, i]
     return result
+
+
+def attention_values(
+    rotary: str,
+    packed: bool,
+    batch: int = 2,
+    tokens: int = 3,
+    past: int = 4,
+    spare: int | None = 2,
+    heads: tuple[int, int] = (6, 2),
+    width: int = 8,
+    angles: int | None = None,
+    value_width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Arguments with a random mask; ``spare`` None is a cache of exactly the past rows."""
+    query, groups = heads
+    capacity = past if spare is None else past + tokens + spare
+    mask = torch.rand(batch, 1, tokens, past + tokens) > 0.4
+    mask[..., past:] |= torch.eye(tokens, dtype=torch.bool)
+    values: dict[str, Any] = {
+        "q": torch.randn(batch, tokens, query, width, dtype=dtype),
+        "k": torch.randn(batch, tokens, groups, width, dtype=dtype),
+        "v": torch.randn(batch, tokens, groups, value_width or width, dtype=dtype),
+        "key_cache": torch.randn(batch, groups, capacity, width, dtype=dtype),
+        "value_cache": torch.randn(batch, groups, capacity, value_width or width, dtype=dtype),
+        "past": torch.tensor([past]),
+        "mask": mask,
+        "cos": None,
+        "sin": None,
+        "scale": 0.31,
+        "rotary": rotary,
+    }
+    if rotary != "none":
+        for name in ("cos", "sin"):
+            values[name] = torch.randn(batch, tokens, angles or width, dtype=dtype)
+    if packed:
+        values["q"] = torch.cat([values["q"], values["k"], values["v"]], dim=2)
+        values["k"] = values["v"] = None
+    return values
+
+
+ATTENTION_CASES: list[dict[str, Any]] = [
+    {},
+    {"past": 0, "spare": None},
+    {"past": 0, "spare": 9},
+    {"tokens": 1, "spare": None},
+    {"tokens": 1, "spare": 0},
+    {"heads": (3, 3), "batch": 1},
+    {"heads": (5, 1)},
+    {"angles": 6},
+    {"angles": 2, "tokens": 1, "past": 7},
+]

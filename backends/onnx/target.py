@@ -10,6 +10,7 @@ from typing import Any
 
 from mqc.artifact import ArtifactWriter
 from mqc.errors import TargetError, UsageError
+from mqc.host.cache import KV_CACHE
 from mqc.host.engine import Engine
 from mqc.host.runnable import Runnable, load_runnable
 from mqc.ir import Program, TensorType
@@ -65,10 +66,10 @@ class OnnxTarget:
     def lower(self, program: Program) -> Program:
         """A copy with fused operators, and activations and weights as the kernels want them."""
         from mqc.backends.onnx.lower import lower
-        from mqc.passes.lowering import fuse
+        from mqc.passes.lowering import fuse, narrow_cache
 
         fused = fuse(program, () if self.buffers else ("fuse-attention",))
-        return lower(fused, self.device)[0]
+        return lower(narrow_cache(fused, program.facts.get(KV_CACHE, "float")), self.device)[0]
 
     def emit(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mqc.artifact import ArtifactWriter
+from mqc.host.cache import KV_CACHE
 from mqc.host.engine import Engine
 from mqc.host.program_engine import ProgramEngine
 from mqc.host.runnable import Runnable, load_runnable
@@ -27,8 +28,10 @@ class ReferenceTarget:
         return None
 
     def lower(self, program: Program) -> Program:
-        """Nothing to do: every legal operator has a reference implementation."""
-        return program
+        """Nothing to do but for int8 caches: every legal operator has a reference."""
+        from mqc.passes.lowering import narrow_cache
+
+        return narrow_cache(program, program.facts.get(KV_CACHE, "float"))
 
     def emit(self, program: Program, writer: ArtifactWriter) -> None:
         """Save the program under ``program/``."""

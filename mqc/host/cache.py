@@ -13,6 +13,8 @@ import torch
 
 BUFFER = "buffer"
 """``facts["cache"]`` of a decoder with buffers; "growing" or nothing otherwise."""
+KV_CACHE = "kv_cache"
+"""The fact that says what a lowered decoder's buffers are to hold: "int8"; floats without it."""
 SMALLEST = 64
 """Rows of the smallest buffer."""
 
@@ -43,7 +45,7 @@ def next_capacity(needed: int, current: int, limit: int | None = None) -> int:
 
 
 def grown(cache: torch.Tensor, rows: int, used: int) -> torch.Tensor:
-    """A buffer [B, heads, rows, width] that starts with the ``used`` first rows of ``cache``."""
-    result = cache.new_zeros(*cache.shape[:2], rows, cache.shape[3])
+    """A buffer [B, heads, rows, ...] that starts with the ``used`` first rows of ``cache``."""
+    result = cache.new_zeros(*cache.shape[:2], rows, *cache.shape[3:])
     result[:, :, :used] = cache[:, :, :used]
     return result

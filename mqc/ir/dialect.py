@@ -82,8 +82,8 @@ MQC_QUANTIZED_OPS = MQC_FLOAT_OPS | frozenset(
     f"mqc.{name}.default"
     for name in (
         "quantize_static linear_w4a8 linear_w8a8 linear_w4a16 linear_w8a16 embedding_w8 "
-        "rms_norm_quantize activation_quantize attention attention_full token_order take_tokens "
-        "take_keys rotary_angles"
+        "rms_norm_quantize activation_quantize attention attention_int8 attention_full token_order "
+        "take_tokens take_keys rotary_angles"
     ).split()
 )
 UNCANONICAL_OPS = frozenset(

@@ -18,8 +18,8 @@ Integer convention
 - ``modality``: None; bool ``[B, S]``, True = visual (mask form); or int64 ``[B]``, the number of
   leading visual tokens of each sequence (count form, after AIFS). x is then ``[B, S, K]``.
 
-Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention` over a cache and
-`attention_full` without one, `token_order`, `take_tokens`, `take_keys`, `rotary_angles`, the
+Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention` and `attention_int8` over a
+cache, `attention_full` without one, `token_order`, `take_tokens`, `take_keys`, `rotary_angles`, the
 linears' `residual`) are what lowering passes write for targets with kernels for them. Each is
 defined as the composition of the operators it replaces, so a lowered program gives the same bits as
 before.
@@ -32,6 +32,7 @@ from mqc.ops import (
     activation_quantize,
     attention,
     attention_full,
+    attention_int8,
     embedding,
     gated_delta,
     hadamard,
@@ -51,6 +52,7 @@ __all__ = [
     "activation_quantize",
     "attention",
     "attention_full",
+    "attention_int8",
     "embedding",
     "gated_delta",
     "hadamard",

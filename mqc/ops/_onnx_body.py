@@ -44,9 +44,13 @@ class Body:
         return self("Unsqueeze", result, self.axes(0)) if integer else result
 
     def choose(
-        self, condition: str, then: Callable[[Body], str], other: Callable[[Body], str]
+        self,
+        condition: str,
+        then: Callable[[Body], str],
+        other: Callable[[Body], str],
+        dtype: str = "FLOAT",
     ) -> str:
-        """A float value made in one of two ways; only the one chosen is computed.
+        """A value made in one of two ways; only the one chosen is computed.
 
         ``condition``: bool of one element. The writers may use all values made so far.
         """
@@ -54,7 +58,8 @@ class Body:
         for name, write in (("then_branch", then), ("else_branch", other)):
             inner = Body(f"{self._prefix}{len(self.nodes)}{name[0]}_")
             made = write(inner)
-            info = helper.make_tensor_value_info(made, onnx.TensorProto.FLOAT, None)
+            kind = onnx.TensorProto.DataType.Value(dtype)
+            info = helper.make_tensor_value_info(made, kind, None)
             branches[name] = helper.make_graph(inner.nodes, name, [], [info])
         return self("If", condition, **branches)
 

@@ -47,7 +47,34 @@ def heads_of(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _append(cache: Tensor, new: Tensor, past: int, keys: int) -> Tensor:
+def turned_heads(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    key_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotary: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`heads_of` with queries and keys rotated."""
+    check_rotary(rotary, cos, sin)
+    q, k, v = heads_of(q, k, v, key_cache)
+    if cos is not None and sin is not None:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary)
+    return q, k, v
+
+
+def rows_of(past: Tensor, q: Tensor, mask: Tensor) -> tuple[int, int]:
+    """The cache's rows that queries [B, Hq, S, D] write. Raises UsageError on a short mask."""
+    start = int(past.item())
+    end = start + q.shape[2]
+    if mask.shape[3] < end:
+        raise UsageError(f"a mask of {mask.shape[3]} columns for {end} keys")
+    return start, end
+
+
+def append(cache: Tensor, new: Tensor, past: int, keys: int) -> Tensor:
     """``cache`` with ``new`` at rows past.., grown to ``keys`` rows where it is shorter."""
     end = past + new.shape[2]
     if past > cache.shape[2] or (keys > cache.shape[2] and keys != end):
@@ -95,26 +122,21 @@ def reference(
     Raises:
         UsageError: on arguments that do not fit each other.
     """
-    check_rotary(rotary, cos, sin)
-    q, k, v = heads_of(q, k, v, key_cache)
-    if cos is not None and sin is not None:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        q, k = rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary)
-    start = int(past.item())
-    end = start + q.shape[2]
-    if mask.shape[3] < end:
-        raise UsageError(f"a mask of {mask.shape[3]} columns for {end} keys")
-    key_cache = _append(key_cache, k, start, mask.shape[3])
-    value_cache = _append(value_cache, v, start, mask.shape[3])
-    repeats = q.shape[1] // k.shape[1]
-    out = torch.ops.aten.scaled_dot_product_attention.default(
-        q,
-        repeated(key_cache[:, :, :end], repeats),
-        repeated(value_cache[:, :, :end], repeats),
-        mask[..., :end],
-        scale=scale,
+    q, k, v = turned_heads(q, k, v, key_cache, cos, sin, rotary)
+    start, end = rows_of(past, q, mask)
+    key_cache = append(key_cache, k, start, mask.shape[3])
+    value_cache = append(value_cache, v, start, mask.shape[3])
+    out = attend(q, key_cache[:, :, :end], value_cache[:, :, :end], mask[..., :end], scale)
+    return out, key_cache, value_cache
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Rows [B, S, Hq * Dv] of rotated ``q`` [B, Hq, S, D] over the rows that are in use."""
+    repeats = q.shape[1] // keys.shape[1]
+    out: Tensor = torch.ops.aten.scaled_dot_product_attention.default(
+        q, repeated(keys, repeats), repeated(values, repeats), mask, scale=scale
     )
-    return out.transpose(1, 2).flatten(2), key_cache, value_cache
+    return out.transpose(1, 2).flatten(2)
 
 
 def fake(
@@ -138,7 +160,7 @@ def fake(
     return out, caches[0], caches[1]
 
 
-def _flags(arguments: Arguments) -> tuple[str, ...]:
+def variant_flags(arguments: Arguments) -> tuple[str, ...]:
     packed = ("packed",) if arguments.get("k") is None else ()
     return (*packed, *rotary_flags(arguments))
 
@@ -153,7 +175,7 @@ def _stop(body: Body) -> str:
     return body("Add", "past", body.dim("q", 1))
 
 
-def _append_body(body: Body, cache: str, new: str) -> str:
+def append_body(body: Body, cache: str, new: str, dtype: str = "FLOAT") -> str:
     """The cache with the new rows: one longer than the past, or a buffer with rows replaced."""
 
     def inside(inner: Body) -> str:
@@ -162,7 +184,7 @@ def _append_body(body: Body, cache: str, new: str) -> str:
         return inner("Concat", head, new, tail, axis=2)
 
     full = body("Equal", "past", body.dim(cache, 2))
-    return body.choose(full, lambda inner: inner("Concat", cache, new, axis=2), inside)
+    return body.choose(full, lambda inner: inner("Concat", cache, new, axis=2), inside, dtype)
 
 
 def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
@@ -171,18 +193,29 @@ def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
     Scores are made of all rows of the cache, so that no row is copied out of it; those after
     the mask's columns are forbidden.
     """
-    groups, end = body.dim("key_cache", 1), end_of(body)
+    q, k, v = heads_body(body, flags)
+    keys, values = append_body(body, "key_cache", k), append_body(body, "value_cache", v)
+    return attend_body(body, q, keys, values), keys, values
+
+
+def heads_body(body: Body, flags: Sequence[str]) -> tuple[str, str, str]:
+    """Rotated queries [B, S, Hq, D]; rotated keys and values as caches have them, [B, H, S, D]."""
+    end = end_of(body)
     q, k, v = "q", "k", "v"
     if "packed" in flags:
-        minus = body("Neg", groups)
+        minus = body("Neg", body.dim("key_cache", 1))
         first = body("Mul", minus, body.axes(2))
         k, v = slice_body(body, "q", first, minus, 2), slice_body(body, "q", minus, end, 2)
         q = slice_body(body, "q", body.axes(0), first, 2)
     if "half" in flags or "interleaved" in flags:
         q, k = rotate_body(body, q, flags), rotate_body(body, k, flags)
-    swap = [0, 2, 1, 3]
-    keys = _append_body(body, "key_cache", body("Transpose", k, perm=swap))
-    values = _append_body(body, "value_cache", body("Transpose", v, perm=swap))
+    k, v = (body("Transpose", x, perm=[0, 2, 1, 3]) for x in (k, v))
+    return q, k, v
+
+
+def attend_body(body: Body, q: str, keys: str, values: str) -> str:
+    """Attention of rotated ``q`` to the rows of float caches, as rows [B, S, Hq * Dv]."""
+    groups, swap = body.dim("key_cache", 1), [0, 2, 1, 3]
     scaled = body("Mul", body("Transpose", q, perm=swap), body.attribute("scale"))
     heads, minus_one, zero = body.dim(scaled, 1), body.axes(-1), body.axes(0)
     width = body.dim(keys, 3)
@@ -192,7 +225,7 @@ def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
     out = body("MatMul", body("Softmax", scores, axis=-1), values)
     shape = body("Concat", zero, heads, minus_one, body.dim(values, 3), axis=0)
     rows = body("Transpose", body("Reshape", out, shape), perm=swap)
-    return body("Reshape", rows, body.axes(0, 0, -1)), keys, values
+    return body("Reshape", rows, body.axes(0, 0, -1))
 
 
 def _masked_body(body: Body, scores: str, keys: str, repeats: str) -> str:
@@ -226,7 +259,7 @@ OP = register(
         fake,
         OnnxForm(
             "Attention",
-            _flags,
+            variant_flags,
             _inputs,
             _body,
             {"past": "int64", "mask": "bool"},

@@ -150,6 +150,7 @@ class Scheme:
             scales by this factor or more.
         aifs: reorder rows, visual first, so that each modality is one slice (arXiv 2502.00425).
         seed: of the random signs of the rotations.
+        kv_cache: "float", or "int8" with one scale for each row of a head, found while running.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Scheme:
     rms_threshold: float = 1.25
     aifs: bool = False
     seed: int = 0
+    kv_cache: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
         for name in self.components:
@@ -246,6 +248,7 @@ class Scheme:
             "columns split": self.rms_suppress,
             "MSQ": self.msq,
             "AIFS": self.aifs,
+            "int8 KV cache": self.kv_cache == "int8",
         }
         return ", ".join([*parts, *(name for name, used in methods.items() if used)])
 

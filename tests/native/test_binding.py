@@ -19,6 +19,7 @@ import mqc.ops
 from mqc.numerics.hadamard import hadamard_factors, hadamard_plan
 from mqc.numerics.packing import pack_c16k4, pack_int4
 from mqc.ops._onnx_body import DOMAIN, DOMAIN_VERSION, OPSET
+from mqc.ops.attention_int8 import quantize_rows
 from mqc.ops.onnx_functions import attach_functions, variant_inputs, variant_outputs
 
 pytestmark = native.needs_library
@@ -59,10 +60,13 @@ VARIANTS = {
     "TakeTokens": ["TakeTokens", "TakeTokens_last"],
     "TakeKeys": ["TakeKeys"],
     "RotaryAngles": ["RotaryAngles", "RotaryAngles_axes"],
-    "Attention": [
-        *combine(["Attention"], ["", "packed"]),
-        *combine(["Attention"], ["", "packed"], ["half", "interleaved"], ["", "partial"]),
-    ],
+    **{
+        op: [
+            *combine([op], ["", "packed"]),
+            *combine([op], ["", "packed"], ["half", "interleaved"], ["", "partial"]),
+        ]
+        for op in ("Attention", "AttentionInt8")
+    },
     "AttentionFull": [
         *combine(["AttentionFull"], ["", "packed"], ["", "mask"]),
         *combine(
@@ -156,12 +160,19 @@ def attention(rng: np.random.Generator, op: str, flags: list[str]) -> Values:
     dv, r = (d, 4 if "partial" in flags else d) if "packed" in flags else (6, 4)
     r = r if "partial" in flags else d
     mask = np.tril(np.ones((S, past + S), bool), past)
+    caches = {
+        "key_cache": floats(rng, B, groups, rows, d),
+        "value_cache": floats(rng, B, groups, rows, dv),
+    }
+    if op == "AttentionInt8":
+        made = {name: quantize_rows(torch.from_numpy(x)) for name, x in caches.items()}
+        caches = {name: x.numpy() for name, (x, _) in made.items()}
+        caches |= {name.replace("cache", "scale"): y.numpy() for name, (_, y) in made.items()}
     return {
         "q": floats(rng, B, S, heads + 2 * groups if "packed" in flags else heads, d),
         "k": floats(rng, B, S, groups, d),
         "v": floats(rng, B, S, groups, dv),
-        "key_cache": floats(rng, B, groups, rows, d),
-        "value_cache": floats(rng, B, groups, rows, dv),
+        **caches,
         "past": np.array([past]),
         "mask": np.broadcast_to(mask, (B, 1, S, past + S)).copy(),
         "cos": floats(rng, B, S, r),
@@ -205,7 +216,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, list[str]], Values]] = {
     "EmbeddingW8": embedding,
     "RankUpdate": rank_update,
     **dict.fromkeys(("TokenOrder", "TakeTokens", "TakeKeys", "RotaryAngles"), order),
-    "Attention": attention,
+    **dict.fromkeys(("Attention", "AttentionInt8"), attention),
     "AttentionFull": attention_full,
 }
 
@@ -219,7 +230,7 @@ def arguments(op_type: str, rng: np.random.Generator) -> Values:
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "RmsNormQuantize": {"eps": 1e-5},
-    "Attention": {"scale": 0.3},
+    **{op: {"scale": 0.3} for op in ("Attention", "AttentionInt8")},
     "AttentionFull": {"scale": 0.3, "kv_heads": 2},
 }
 
@@ -249,6 +260,7 @@ def model_of(calls: dict[str, Values], constants: tuple[str, ...] = CONSTANT) ->
         quantized = TensorProto.UINT8 if "u8" in flags else TensorProto.INT8
         for name in made:
             is_quantized = name.endswith(":xq") or op == "QuantizeStatic"
+            is_quantized |= op == "AttentionInt8" and name.endswith("_cache")
             kind = quantized if is_quantized else RESULTS.get(name, TensorProto.FLOAT)
             outputs.append(helper.make_tensor_value_info(name, kind, None))
         attributes = ATTRIBUTES.get(op, {})
@@ -297,7 +309,7 @@ def test_kernels_equal_bodies(op: str, threads: int, rng: np.random.Generator) -
             assert left.dtype == right.dtype and left.shape == right.shape, name
             if left.dtype == np.float32:
                 assert native.relative(left, right) <= 2e-6, name
-            elif op == "QuantizeStatic" or name in RESULTS:
+            elif op in ("QuantizeStatic", "AttentionInt8") or name in RESULTS:
                 assert np.array_equal(left, right), name
             else:
                 assert native.steps_apart(left, right) <= 1, name
@@ -364,9 +376,11 @@ def test_library_is_preferred_to_the_body(rng: np.random.Generator) -> None:
         native.session(model.SerializeToString(), native=True).run(None, feeds(calls))
 
 
-def test_cache_is_written_in_place(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("op_type", ["Attention_half", "AttentionInt8_half"])
+def test_cache_is_written_in_place(op_type: str, rng: np.random.Generator) -> None:
     """One buffer bound to input and output: the new rows are written, the others stay."""
-    calls = {"Attention_half": arguments("Attention_half", rng)}
+    calls = {op_type: arguments(op_type, rng)}
+    names = [name for name in calls[op_type] if name.startswith(("key_", "value_"))]
     model, given = model_of(calls), feeds(calls)
     made = native.session(model.SerializeToString(), native=True)
     wanted = made.run(None, given)
@@ -375,24 +389,26 @@ def test_cache_is_written_in_place(rng: np.random.Generator) -> None:
     for name, value in given.items():
         caches[name] = native.ort.OrtValue.ortvalue_from_numpy(value.copy())
         binding.bind_ortvalue_input(name, caches[name])
-    binding.bind_output("Attention_half:out", "cpu")
-    for name in ("key_cache", "value_cache"):
-        binding.bind_ortvalue_output(f"Attention_half:new_{name}", caches[f"Attention_half.{name}"])
+    binding.bind_output(f"{op_type}:out", "cpu")
+    for name in names:
+        binding.bind_ortvalue_output(f"{op_type}:new_{name}", caches[f"{op_type}.{name}"])
     made.run_with_iobinding(binding)
     out = binding.get_outputs()[0].numpy()
-    got = [out, *(caches[f"Attention_half.{n}"].numpy() for n in ("key_cache", "value_cache"))]
+    got = [out, *(caches[f"{op_type}.{name}"].numpy() for name in names)]
     for left, right in zip(got, wanted, strict=True):
         assert np.array_equal(left, right)
-    assert not np.array_equal(got[1], given["Attention_half.key_cache"])
+    assert not np.array_equal(got[1], given[f"{op_type}.key_cache"])
 
 
+@pytest.mark.parametrize("op_type", ["Attention", "AttentionInt8"])
 @pytest.mark.parametrize("spare", [0, 5])
-def test_cache_grows(spare: int, rng: np.random.Generator) -> None:
+def test_cache_grows(spare: int, op_type: str, rng: np.random.Generator) -> None:
     """Where the cache has no rows left the result has past + S; its old rows are kept."""
-    values = arguments("Attention", rng)
-    for name in ("key_cache", "value_cache"):
-        values[name] = np.ascontiguousarray(values[name][:, :, : 4 + spare])
-    calls = {"Attention": values}
+    values = arguments(op_type, rng)
+    for name in values:
+        if name.startswith(("key_", "value_")):
+            values[name] = np.ascontiguousarray(values[name][:, :, : 4 + spare])
+    calls = {op_type: values}
     model = model_of(calls)
     got = native.session(model.SerializeToString(), native=True).run(None, feeds(calls))
     attach_functions(model)
@@ -438,6 +454,8 @@ FUZZED = [
     "RankUpdate",
     "Attention_half",
     "Attention_packed_interleaved_partial",
+    "AttentionInt8_half",
+    "AttentionInt8_packed_interleaved_partial",
     "AttentionFull_mask",
     "AttentionFull_packed_mask_half_partial",
 ]
@@ -456,6 +474,8 @@ VALID = {
     "EmbeddingW8": ("ids", "qweight"),
     "Attention_half": ("mask", "key_cache", "value_cache", "cos", "past"),
     "Attention_packed_interleaved_partial": ("mask", "key_cache", "value_cache", "cos", "past"),
+    "AttentionInt8_half": ("mask", "cos", "past"),
+    "AttentionInt8_packed_interleaved_partial": ("mask", "cos", "past"),
     "AttentionFull_mask": ("mask", "v"),
     "AttentionFull_packed_mask_half_partial": ("mask", "q"),
 }
@@ -498,7 +518,7 @@ def test_wrong_types_are_errors(op_type: str, rng: np.random.Generator) -> None:
 
 AXES = {
     # where the batch and the tokens of an input are; (0, 1) for all others that vary by row
-    **dict.fromkeys(("key_cache", "value_cache"), (0, None)),
+    **dict.fromkeys(("key_cache", "value_cache", "key_scale", "value_scale"), (0, None)),
     "mask": (0, 2),
     **dict.fromkeys((*CONSTANT, "x_scale", "scale", "bias", "split", "past"), (None, None)),
 }

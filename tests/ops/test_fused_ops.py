@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import call, run_body, turned
+from op_cases import ATTENTION_CASES, attention_values, call, run_body, turned
 
 from mqc.errors import UsageError
 from mqc.numerics.packing import pack_int4
@@ -111,46 +111,6 @@ def test_activation_quantize(activation: str, gated: bool) -> None:
             torch.testing.assert_close(made[1], got[1], rtol=1e-4, atol=1e-5)
 
 
-def attention_values(
-    rotary: str,
-    packed: bool,
-    batch: int = 2,
-    tokens: int = 3,
-    past: int = 4,
-    spare: int | None = 2,
-    heads: tuple[int, int] = (6, 2),
-    width: int = 8,
-    angles: int | None = None,
-    value_width: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Arguments with a random mask; ``spare`` None is a cache of exactly the past rows."""
-    query, groups = heads
-    capacity = past if spare is None else past + tokens + spare
-    mask = torch.rand(batch, 1, tokens, past + tokens) > 0.4
-    mask[..., past:] |= torch.eye(tokens, dtype=torch.bool)
-    values: dict[str, Any] = {
-        "q": torch.randn(batch, tokens, query, width, dtype=dtype),
-        "k": torch.randn(batch, tokens, groups, width, dtype=dtype),
-        "v": torch.randn(batch, tokens, groups, value_width or width, dtype=dtype),
-        "key_cache": torch.randn(batch, groups, capacity, width, dtype=dtype),
-        "value_cache": torch.randn(batch, groups, capacity, value_width or width, dtype=dtype),
-        "past": torch.tensor([past]),
-        "mask": mask,
-        "cos": None,
-        "sin": None,
-        "scale": 0.31,
-        "rotary": rotary,
-    }
-    if rotary != "none":
-        for name in ("cos", "sin"):
-            values[name] = torch.randn(batch, tokens, angles or width, dtype=dtype)
-    if packed:
-        values["q"] = torch.cat([values["q"], values["k"], values["v"]], dim=2)
-        values["k"] = values["v"] = None
-    return values
-
-
 def plain_attention(values: dict[str, Any]) -> list[torch.Tensor]:
     """What models compute, one head and one row at a time, in loops."""
     groups = values["key_cache"].shape[1]
@@ -176,23 +136,10 @@ def plain_attention(values: dict[str, Any]) -> list[torch.Tensor]:
     return [out.flatten(2), *caches]
 
 
-CASES: list[dict[str, Any]] = [
-    {},
-    {"past": 0, "spare": None},
-    {"past": 0, "spare": 9},
-    {"tokens": 1, "spare": None},
-    {"tokens": 1, "spare": 0},
-    {"heads": (3, 3), "batch": 1},
-    {"heads": (5, 1)},
-    {"angles": 6},
-    {"angles": 2, "tokens": 1, "past": 7},
-]
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rotary", ["none", "half", "interleaved"])
 def test_attention(rotary: str, packed: bool) -> None:
-    for case in CASES:
+    for case in ATTENTION_CASES:
         values = attention_values(rotary, packed, dtype=torch.float64, **case)
         want, got = plain_attention(values), call("attention", values)
         for left, right in zip(got, want, strict=True):

@@ -10,6 +10,7 @@ import mqc.ops
 from mqc.errors import UsageError
 from mqc.numerics.hadamard import hadamard_matrix
 from mqc.numerics.packing import pack_int4
+from mqc.ops.attention_int8 import quantize_rows
 
 OPS = torch.ops.mqc
 
@@ -92,6 +93,13 @@ def calls() -> dict[str, tuple[object, ...]]:
         "attention": (
             *(x.reshape(1, 3, 4, 2), None, None),
             *(torch.randn(1, 1, 7, 2), torch.randn(1, 1, 7, 2), torch.tensor([4])),
+            *(torch.ones(1, 1, 3, 7, dtype=torch.bool), x[..., :2], x[..., :2], 0.5, "half"),
+        ),
+        "attention_int8": (
+            *(x.reshape(1, 3, 4, 2), None, None),
+            *quantize_rows(torch.randn(2, 1, 7, 2))[0].split(1),
+            *torch.rand(2, 1, 7).split(1),
+            torch.tensor([4]),
             *(torch.ones(1, 1, 3, 7, dtype=torch.bool), x[..., :2], x[..., :2], 0.5, "half"),
         ),
         "attention_full": (

@@ -8,18 +8,20 @@ namespace {
 
 // The cache in its output: what is there already stays where both are the same memory (a host that
 // binds one buffer to input and output), else it is copied; the rows of the result may be more.
-float* renew(Call& call, size_t output, const Tensor& cache, int64_t rows) {
+template <class T>
+T* renew(Call& call, size_t output, const Tensor& cache, int64_t rows) {
     std::vector<int64_t> shape = cache.shape;
-    const int64_t heads = shape[0] * shape[1], old = shape[2], width = shape[3];
+    const int64_t heads = shape[0] * shape[1], old = shape[2];
+    const int64_t width = cache.rank() == 4 ? shape[3] : 1;
     shape[2] = rows;
-    float* to = call.output<float>(output, shape);
+    T* to = call.output<T>(output, shape);
     if (to == cache.data || heads * rows * width == 0) return to;
-    const size_t bytes = static_cast<size_t>(old * width) * sizeof(float);
+    const size_t bytes = static_cast<size_t>(old * width) * sizeof(T);
     for (int64_t head = 0; head < heads; head++) {
-        float* start = to + head * rows * width;
-        if (bytes) std::memcpy(start, cache.as<float>() + head * old * width, bytes);
+        T* start = to + head * rows * width;
+        if (bytes) std::memcpy(start, cache.as<T>() + head * old * width, bytes);
         std::memset(start + old * width, 0,
-                    static_cast<size_t>((rows - old) * width) * sizeof(float));
+                    static_cast<size_t>((rows - old) * width) * sizeof(T));
     }
     return to;
 }
@@ -28,7 +30,8 @@ class Attention : public Kernel {
   public:
     Attention(const Variant& variant, const Ort::ConstKernelInfo& info)
         : scale_(info.GetAttribute<float>("scale")),
-          rotary_(rotary_of(variant)) {}
+          rotary_(rotary_of(variant)),
+          narrow_(variant.name == "AttentionInt8") {}
 
     void compute(Call& call) const override {
         mqc_attention a = {};
@@ -40,9 +43,18 @@ class Attention : public Kernel {
         read_angles(call, a);
 
         a.out = call.output<float>(0, {a.batch, a.tokens, a.heads * a.value_dim});
-        a.key_cache = renew(call, 1, keys, rows);
-        a.value_cache = renew(call, 2, values, rows);
         a.capacity = rows;
+        if (narrow_) {
+            const Tensor key_scale = scales(call, "key_scale", keys);
+            const Tensor value_scale = scales(call, "value_scale", keys);
+            a.key_bytes = renew<int8_t>(call, 1, keys, rows);
+            a.value_bytes = renew<int8_t>(call, 2, values, rows);
+            a.key_scale = renew<float>(call, 3, key_scale, rows);
+            a.value_scale = renew<float>(call, 4, value_scale, rows);
+        } else {
+            a.key_cache = renew<float>(call, 1, keys, rows);
+            a.value_cache = renew<float>(call, 2, values, rows);
+        }
         if (a.batch == 0 || a.tokens == 0) return;
         run_attention(call, a);
     }
@@ -88,6 +100,13 @@ class Attention : public Kernel {
                      "q's batch and head size");
     }
 
+    static Tensor scales(const Call& call, const char* name, const Tensor& keys) {
+        const Tensor found = call.input(name);
+        const std::vector<int64_t> rows(keys.shape.begin(), keys.shape.end() - 1);
+        call.require(found.shape == rows, name, found, text_of(rows).c_str());
+        return found;
+    }
+
     // Returns the rows of the new caches: those of the cache, or of the mask where these are more.
     static int64_t mask_and_past(const Call& call, const Tensor& keys, mqc_attention& a) {
         const Tensor past = call.input("past"), mask = call.input("mask");
@@ -112,6 +131,7 @@ class Attention : public Kernel {
 
     float scale_;
     int rotary_;
+    bool narrow_;
 };
 
 }  // namespace
@@ -139,8 +159,9 @@ void run_attention(Call& call, const mqc_attention& a) {
     mqc_attention_prepare(&a, &plan);
     const Block<float> memory = allocate<float>(plan.workspace);
     float* workspace = memory.get();
-    const int64_t keys = a.key_cache ? a.past + a.tokens : a.keys;
-    const int64_t written = a.key_cache ? a.kv_heads * (a.dim + a.value_dim) : 0;
+    const bool cached = a.key_cache || a.key_bytes;
+    const int64_t keys = cached ? a.past + a.tokens : a.keys;
+    const int64_t written = cached ? a.kv_heads * (a.dim + a.value_dim) : 0;
     call.rows(plan.appends, written + keys, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) mqc_attention_append(&a, &plan, workspace, i);
         return true;

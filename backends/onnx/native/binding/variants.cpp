@@ -133,19 +133,24 @@ std::vector<Variant> make() {
         v.outputs = {{"y", F32}};
     });
     const auto attention = [](Variant& v) {
+        const bool narrow = v.name == "AttentionInt8";
+        const auto cache = narrow ? I8 : F32;
         v.inputs = {{"q", F32}};
         if (!v.has("packed")) v.inputs.insert(v.inputs.end(), {{"k", F32}, {"v", F32}});
-        v.inputs.insert(v.inputs.end(), {{"key_cache", F32},
-                                         {"value_cache", F32},
-                                         {"past", I64},
-                                         {"mask", BOOL}});
+        v.inputs.insert(v.inputs.end(), {{"key_cache", cache}, {"value_cache", cache}});
+        if (narrow) v.inputs.insert(v.inputs.end(), {{"key_scale", F32}, {"value_scale", F32}});
+        v.inputs.insert(v.inputs.end(), {{"past", I64}, {"mask", BOOL}});
         if (v.has("half") || v.has("interleaved"))
             v.inputs.insert(v.inputs.end(), {{"cos", F32}, {"sin", F32}});
-        v.outputs = {{"out", F32}, {"new_key_cache", F32}, {"new_value_cache", F32}};
+        v.outputs = {{"out", F32}, {"new_key_cache", cache}, {"new_value_cache", cache}};
+        if (narrow)
+            v.outputs.insert(v.outputs.end(), {{"new_key_scale", F32}, {"new_value_scale", F32}});
     };
     const Choices packed = {"", "packed"};
-    add(all, "Attention", {packed}, attention);
-    add(all, "Attention", {packed, {"half", "interleaved"}, {"", "partial"}}, attention);
+    for (const char* name : {"Attention", "AttentionInt8"}) {
+        add(all, name, {packed}, attention);
+        add(all, name, {packed, {"half", "interleaved"}, {"", "partial"}}, attention);
+    }
     const auto full = [](Variant& v) {
         v.inputs = {{"q", F32}};
         if (!v.has("packed")) v.inputs.insert(v.inputs.end(), {{"k", F32}, {"v", F32}});

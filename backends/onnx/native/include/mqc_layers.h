@@ -93,7 +93,8 @@ enum { MQC_ROTARY_NONE = 0, MQC_ROTARY_HALF = 1, MQC_ROTARY_INTERLEAVED = 2 };
 
 /* Attention of S tokens. Query head h reads key head h / (heads / kv_heads).
  * With a cache: it has room for `capacity` rows, `past` of them valid; k and v are the S new ones.
- * Without (key_cache NULL): k and v have `keys` rows, and no other are read; past is 0. */
+ * Without (key_cache and key_bytes NULL): k and v have `keys` rows, and no other are read; past
+ * is 0. */
 typedef struct mqc_attention {
     int64_t batch, tokens, heads, kv_heads, dim, value_dim, past, capacity, keys;
     int rotary;
@@ -112,6 +113,12 @@ typedef struct mqc_attention {
     float* key_cache;       /* [B, kv_heads, capacity, dim]: rows [0, past) are read; or NULL */
     float* value_cache;     /* [B, kv_heads, capacity, value_dim]; or NULL */
     float* out;             /* [B, S, heads * value_dim] */
+    /* Or int8 caches in place of key_cache and value_cache: a row is its bytes times its scale, the
+     * largest magnitude over 127 (1 for zeros), and quantized as by mqc_quantize. */
+    int8_t* key_bytes;
+    int8_t* value_bytes;
+    float* key_scale;       /* [B, kv_heads, capacity] */
+    float* value_scale;
 } mqc_attention;
 
 /* 1: the cache is both read and written, so a host binds one buffer to a node's input and output. */

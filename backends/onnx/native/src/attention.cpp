@@ -16,10 +16,10 @@ void mqc_attention_prepare(const mqc_attention* a, mqc_attention_plan* plan) {
     const int64_t group = a->heads / a->kv_heads, heads = a->batch * a->kv_heads;
     *plan = {};
     plan->key_blocks = layout.blocks;
-    plan->appends = a->key_cache ? a->batch * a->tokens : a->mask ? a->mask_batch * a->tokens : 0;
-    plan->workspace = layout.states + layout.packed(a);
-    if (!a->key_cache) plan->packs = heads * layout.blocks;
-    if (a->tokens >= kFewTokens || !a->key_cache) {
+    plan->appends = layout.cached ? a->batch * a->tokens : a->mask ? a->mask_batch * a->tokens : 0;
+    plan->workspace = layout.states + layout.lines + layout.packed(a);
+    if (!layout.cached) plan->packs = heads * layout.blocks;
+    if (a->tokens >= kFewTokens || !layout.cached) {
         const int64_t wanted = group < kTaskRows ? kTaskRows / group : 1;
         plan->query_block = wanted < a->tokens ? wanted : a->tokens;
         plan->tasks = heads * ((a->tokens + plan->query_block - 1) / plan->query_block);

@@ -13,14 +13,18 @@ inline int64_t whole(int64_t n) { return (n + kWidest - 1) / kWidest * kWidest; 
 
 // The workspace in floats: mask states (bytes), one for every row of the mask and key block; then,
 // without a cache, turned keys [batch * kv_heads, keys, dim] and values [..., value_dim]; with one,
-// partial results [tasks, rows, value_dim + 2] of split tasks.
+// a line [dim] for every token where it holds int8, and partial results [tasks, rows, value_dim + 2]
+// of split tasks.
 struct AttentionLayout {
-    int64_t length, blocks, states;
+    bool cached;
+    int64_t length, blocks, states, lines;
 
     explicit AttentionLayout(const mqc_attention* a)
-        : length(a->key_cache ? a->past + a->tokens : a->keys),
+        : cached(a->key_cache || a->key_bytes),
+          length(cached ? a->past + a->tokens : a->keys),
           blocks((length + kKeyBlock - 1) / kKeyBlock),
-          states(a->mask ? (a->mask_batch * a->tokens * blocks + 63) / 64 * 16 : 0) {}
+          states(a->mask ? (a->mask_batch * a->tokens * blocks + 63) / 64 * 16 : 0),
+          lines(a->key_bytes ? a->batch * a->tokens * a->dim : 0) {}
 
     // Row of the mask, and of its states, for a token of a sequence.
     static int64_t mask_row(const mqc_attention* a, int64_t b, int64_t token) {
@@ -31,7 +35,7 @@ struct AttentionLayout {
         return a->mask ? reinterpret_cast<uint8_t*>(workspace) + mask_row * blocks : nullptr;
     }
     int64_t packed(const mqc_attention* a) const {
-        return a->key_cache ? 0 : a->batch * a->kv_heads * length * (a->dim + a->value_dim);
+        return cached ? 0 : a->batch * a->kv_heads * length * (a->dim + a->value_dim);
     }
     // Where rows of a key head are packed.
     float* own_keys(const mqc_attention* a, float* workspace, int64_t head) const {
@@ -42,26 +46,30 @@ struct AttentionLayout {
     }
     // Rows of a key head from `row` on.
     const float* keys(const mqc_attention* a, float* workspace, int64_t head, int64_t row) const {
-        if (!a->key_cache) return own_keys(a, workspace, head) + row * a->dim;
+        if (!cached) return own_keys(a, workspace, head) + row * a->dim;
         return a->key_cache + (head * a->capacity + row) * a->dim;
     }
     const float* values(const mqc_attention* a, float* workspace, int64_t head,
                         int64_t row) const {
-        if (!a->key_cache) return own_values(a, workspace, head) + row * a->value_dim;
+        if (!cached) return own_values(a, workspace, head) + row * a->value_dim;
         return a->value_cache + (head * a->capacity + row) * a->value_dim;
     }
     template <class F>
     F* partial(const mqc_attention* a, F* workspace, int64_t task) const {
         const int64_t rows = a->heads / a->kv_heads * a->tokens;
-        return workspace + states + task * rows * (a->value_dim + 2);
+        return workspace + states + lines + task * rows * (a->value_dim + 2);
     }
     // Floats of scratch of a task of so many rows that reads them as lanes, or one by one.
     static int64_t lanes_scratch(const mqc_attention* a, int64_t rows) {
         const int64_t blocks = (a->mask ? 2 : 1) * kKeyBlock;
-        return whole(rows) * (a->dim + a->value_dim + blocks + 3) + kWidest * a->dim;
+        return whole(rows) * (a->dim + a->value_dim + blocks + 3) + kWidest * a->dim + wide(a);
     }
     static int64_t rows_scratch(const mqc_attention* a, int64_t rows) {
-        return rows * (a->dim + a->value_dim + kKeyBlock + 2);
+        return rows * (a->dim + a->value_dim + kKeyBlock + 2) + wide(a);
+    }
+    // Of these, a block of int8 rows as floats.
+    static int64_t wide(const mqc_attention* a) {
+        return a->key_bytes ? kKeyBlock * (a->dim > a->value_dim ? a->dim : a->value_dim) : 0;
     }
 };
 

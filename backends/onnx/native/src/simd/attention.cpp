@@ -22,6 +22,7 @@ struct Lanes {
     int64_t b, head, first, count, group, rows, size;
     float *query, *out, *scores, *maxima, *sums, *factor, *line;
     int32_t* allowed;  // [64, size], all bits set where a row may attend
+    float* wide;       // a block of int8 rows as floats
 
     Lanes(const mqc_attention* a, int64_t pair, int64_t from, int64_t tokens, float* scratch)
         : b(pair / a->kv_heads),
@@ -38,7 +39,8 @@ struct Lanes {
           sums(maxima + size),
           factor(sums + size),
           line(factor + size),
-          allowed(reinterpret_cast<int32_t*>(line + kWidest * a->dim)) {
+          allowed(reinterpret_cast<int32_t*>(line + kWidest * a->dim)),
+          wide(line + kWidest * a->dim + (a->mask ? kKeyBlock * size : 0)) {
         for (int64_t r = 0; r < size; r += kLanes) turn_queries(a, r);
         memset(out, 0, static_cast<size_t>(size * a->value_dim) * sizeof(float));
         memset(sums, 0, static_cast<size_t>(size) * sizeof(float));
@@ -172,16 +174,35 @@ void note_states(const mqc_attention* a, const AttentionLayout& layout, float* w
     }
 }
 
+// A row as int8 with its scale.
+void narrow(const float* x, int64_t n, int8_t* to, float* scale) {
+    vf most = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) most = max(most, abs(load(x + i)));
+    float largest = top(most);
+    for (; i < n; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    *scale = largest > 0 ? largest / 127.0f : 1.0f;
+    quantize_row(x, n, *scale, 0, to);
+}
+
 }  // namespace
 
 void attention_append(const mqc_attention* a, const mqc_attention_plan*, float* workspace,
                       int64_t row) {
     const AttentionLayout layout(a);
     if (a->mask && row < a->mask_batch * a->tokens) note_states(a, layout, workspace, row);
-    if (!a->key_cache) return;
+    if (!layout.cached) return;
     const int64_t b = row / a->tokens, t = row % a->tokens;
     for (int64_t h = 0; h < a->kv_heads; h++) {
         const int64_t to = (b * a->kv_heads + h) * a->capacity + a->past + t;
+        if (a->key_bytes) {
+            float* line = workspace + layout.states + row * a->dim;
+            rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, line);
+            narrow(line, a->dim, a->key_bytes + to * a->dim, a->key_scale + to);
+            narrow(a->v + row * a->v_stride + h * a->value_dim, a->value_dim,
+                   a->value_bytes + to * a->value_dim, a->value_scale + to);
+            continue;
+        }
         rotate(a, a->k + row * a->k_stride + h * a->dim, row, 1.0f, a->key_cache + to * a->dim);
         memcpy(a->value_cache + to * a->value_dim, a->v + row * a->v_stride + h * a->value_dim,
                static_cast<size_t>(a->value_dim) * sizeof(float));
@@ -220,16 +241,18 @@ void attention_attend(const mqc_attention* a, const mqc_attention_plan* plan, fl
         if (state == kNone) continue;
         const int64_t start = block * kKeyBlock;
         const int64_t left = layout.length - start, width = left < kKeyBlock ? left : kKeyBlock;
-        product<false, kSet>(layout.keys(a, workspace, pair, start), a->dim, w.query, w.size, width,
-                             a->dim, w.size, w.scores, w.size, nullptr);
+        const float* keys = keys_of(a, layout, workspace, pair, start, width, w.wide);
+        product<false, kSet>(keys, a->dim, w.query, w.size, width, a->dim, w.size, w.scores, w.size,
+                             nullptr);
         if (state == kSome) {
             forbid(a, layout, w, start, width);
             soften<true>(w, width);
         } else {
             soften<false>(w, width);
         }
-        product<true, kScaled>(layout.values(a, workspace, pair, start), a->value_dim, w.scores,
-                               w.size, a->value_dim, width, w.size, w.out, w.size, w.factor);
+        const float* values = values_of(a, layout, workspace, pair, start, width, w.wide);
+        product<true, kScaled>(values, a->value_dim, w.scores, w.size, a->value_dim, width, w.size,
+                               w.out, w.size, w.factor);
     }
     finish(a, w);
 }

@@ -77,7 +77,7 @@ void soften(float* score, int64_t width, const uint8_t* mask, float* maximum, fl
 // The rows of a task: all tokens of a sequence, all query heads of a key head.
 struct Rows {
     int64_t b, group, rows;
-    float *query, *out, *scores, *maxima, *sums;
+    float *query, *out, *scores, *maxima, *sums, *wide;
 
     Rows(const mqc_attention* a, int64_t pair, float* scratch)
         : b(pair / a->kv_heads),
@@ -87,7 +87,8 @@ struct Rows {
           out(query + rows * a->dim),
           scores(out + rows * a->value_dim),
           maxima(scores + rows * kKeyBlock),
-          sums(maxima + rows) {
+          sums(maxima + rows),
+          wide(sums + rows) {
         for (int64_t r = 0; r < rows; r++) {
             const int64_t token = b * a->tokens + r / group;
             const int64_t h = pair % a->kv_heads * group + r % group;
@@ -109,9 +110,10 @@ bool hidden(const mqc_attention* a, const AttentionLayout& layout, float* worksp
 }
 
 void attend_block(const mqc_attention* a, const AttentionLayout& layout, float* workspace,
-                  const Rows& w, const float* keys, const float* values, int64_t block) {
+                  const Rows& w, int64_t pair, int64_t block) {
     const int64_t start = block * kKeyBlock, left = layout.length - start;
     const int64_t width = left < kKeyBlock ? left : kKeyBlock, size = a->value_dim;
+    const float* keys = keys_of(a, layout, workspace, pair, start, width, w.wide);
     int64_t r = 0;
     for (; r + 4 <= w.rows; r += 4)
         score<4>(w.query + r * a->dim, keys, a->dim, width, w.scores + r * kKeyBlock);
@@ -127,6 +129,7 @@ void attend_block(const mqc_attention* a, const AttentionLayout& layout, float* 
         soften(w.scores + r * kKeyBlock, width, mask, w.maxima + r, w.sums + r, w.out + r * size,
                size);
     }
+    const float* values = values_of(a, layout, workspace, pair, start, width, w.wide);
     int64_t d = product<false, kAdd>(w.scores, kKeyBlock, values, size, w.rows, width, size, w.out,
                                      size, nullptr);
     for (; d < size; d++)
@@ -158,8 +161,7 @@ void attend_few(const mqc_attention* a, const mqc_attention_plan* plan, float* w
     const int64_t end = layout.blocks * (part + 1) / plan->split;
     for (int64_t block = layout.blocks * part / plan->split; block < end; block++) {
         if (hidden(a, layout, workspace, w.b, block)) continue;
-        attend_block(a, layout, workspace, w, layout.keys(a, workspace, pair, block * kKeyBlock),
-                     layout.values(a, workspace, pair, block * kKeyBlock), block);
+        attend_block(a, layout, workspace, w, pair, block);
     }
     if (plan->split == 1) return finish(a, w, pair);
     float* to = layout.partial(a, workspace, task);

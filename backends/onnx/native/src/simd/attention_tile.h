@@ -40,6 +40,17 @@ inline vf power_of_two(vf x) {
     return y;
 }
 
+// x as it is, not taken into a fused multiply-add: what caches keep does not depend on the copy.
+template <class T>
+inline T rounded(T x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // y = rotated x, times scale; y is not x.
 inline void rotate(const mqc_attention* a, const float* x, int64_t row, float scale, float* y) {
     const int64_t n = a->rotary == MQC_ROTARY_NONE ? 0 : a->rotary_dim;
@@ -52,16 +63,19 @@ inline void rotate(const mqc_attention* a, const float* x, int64_t row, float sc
         const int64_t h = n / 2;
         const auto pair = [&](int64_t i) {
             const vf low = load(from + i), high = load(from + i + h);
-            store(to + i, (low * load(c + i) - high * load(s + i)) * scale);
-            store(to + i + h, (high * load(c + i + h) + low * load(s + i + h)) * scale);
+            const vf first = rounded(low * load(c + i)) - rounded(high * load(s + i));
+            const vf second =
+                rounded(high * load(c + i + h)) + rounded(low * load(s + i + h));
+            store(to + i, first * scale);
+            store(to + i + h, second * scale);
         };
         int64_t i = 0;
         for (; i + kLanes <= h; i += kLanes) pair(i);
         if (i < h && h >= kLanes) pair(h - kLanes);  // again some, with the same results
         for (; i < h && h < kLanes; i++) {
             const float low = from[i], high = from[i + h];
-            to[i] = (low * c[i] - high * s[i]) * scale;
-            to[i + h] = (high * c[i + h] + low * s[i + h]) * scale;
+            to[i] = (rounded(low * c[i]) - rounded(high * s[i])) * scale;
+            to[i + h] = (rounded(high * c[i + h]) + rounded(low * s[i + h])) * scale;
         }
     } else {
         vf sign;
@@ -69,15 +83,47 @@ inline void rotate(const mqc_attention* a, const float* x, int64_t row, float sc
         int64_t i = 0;
         for (; i + kLanes <= n; i += kLanes) {
             const vf t = load(from + i), other = swapped<1>(t) * sign;
-            store(to + i, (t * load(c + i) + other * load(s + i)) * scale);
+            const vf y = rounded(t * load(c + i)) + rounded(other * load(s + i));
+            store(to + i, y * scale);
         }
         for (; i < n; i += 2) {
             const float low = from[i], high = from[i + 1];
-            to[i] = (low * c[i] - high * s[i]) * scale;
-            to[i + 1] = (high * c[i + 1] + low * s[i + 1]) * scale;
+            to[i] = (rounded(low * c[i]) - rounded(high * s[i])) * scale;
+            to[i + 1] = (rounded(high * c[i + 1]) + rounded(low * s[i + 1])) * scale;
         }
     }
     for (int64_t i = n; i < a->dim; i++) to[i] = from[i] * scale;
+}
+
+// Rows of int8, each times its scale.
+inline void widen(const int8_t* from, const float* scale, int64_t rows, int64_t size, float* to) {
+    for (int64_t r = 0; r < rows; r++, from += size, to += size) {
+        int64_t i = 0;
+        for (vb line; i + kLanes <= size; i += kLanes) {
+            memcpy(&line, from + i, sizeof line);
+            store(to + i, __builtin_convertvector(line, vf) * scale[r]);
+        }
+        for (; i < size; i++) to[i] = static_cast<float>(from[i]) * scale[r];
+    }
+}
+
+// `width` rows of a key head's keys from `start` on, in `room` where they have to be made.
+inline const float* keys_of(const mqc_attention* a, const AttentionLayout& layout,
+                            float* workspace, int64_t head, int64_t start, int64_t width,
+                            float* room) {
+    if (!a->key_bytes) return layout.keys(a, workspace, head, start);
+    const int64_t row = head * a->capacity + start;
+    widen(a->key_bytes + row * a->dim, a->key_scale + row, width, a->dim, room);
+    return room;
+}
+
+inline const float* values_of(const mqc_attention* a, const AttentionLayout& layout,
+                              float* workspace, int64_t head, int64_t start, int64_t width,
+                              float* room) {
+    if (!a->value_bytes) return layout.values(a, workspace, head, start);
+    const int64_t row = head * a->capacity + start, size = a->value_dim;
+    widen(a->value_bytes + row * size, a->value_scale + row, width, size, room);
+    return room;
 }
 
 // What becomes of C: A B, C + A B, or C * factor + A B with a factor for every column.
