@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ if str(ROOT) not in sys.path:  # tools/ is no part of the installed package
     sys.path.append(str(ROOT))
 
 from mqc.cuda.library import LinearKernel  # noqa: E402
-from tools.gpu_check import common, linear_case, rows, sweep, table  # noqa: E402
+from tools.gpu_check import __main__ as checking  # noqa: E402
+from tools.gpu_check import common, linear_case, parts, rows, sweep, table  # noqa: E402
 
 
 def generator() -> torch.Generator:
@@ -47,6 +50,7 @@ def test_sweep_finds_wrong_values(emulated: Any) -> None:
     assert case.mismatches(emulated, LinearKernel.MMA_8, 1, want) == 0
     want[3, 7] += 1
     assert case.mismatches(emulated, LinearKernel.MMA_8, 1, want, repeats=2) == 2
+    assert case.first.startswith("y[3, 7] is ") and "rows 3..3, channels 7..7" in case.first
 
 
 def test_row_kernels_pass(emulated: Any) -> None:
@@ -65,6 +69,68 @@ def test_results_survive_a_crash(tmp_path: Path) -> None:
     entries = [json.loads(ln) for ln in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert entries == [{"start": "first"}, {"case": "first", "wrong": 0}, {"start": "second"}]
     assert not common.Recorder(None, deadline=0.0).start("too late")
+
+
+def test_every_part_has_its_turn() -> None:
+    assert sorted(parts.ORDER) == sorted([*parts.PARTS, "sanitizer"])
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "error"),
+    [
+        ("say('{}')", "done", ""),
+        ("say('{}'); sys.exit('illegal address')", "failed", "illegal address"),
+        ("say('{}'); time.sleep(60)", "hung", "nothing new"),
+    ],
+)
+def test_a_part_that_crashes_or_hangs(tmp_path: Path, code: str, state: str, error: str) -> None:
+    """Its results until then are kept, with the case that it had started."""
+    log = tmp_path / "part.jsonl"
+    lines = json.dumps({"start": "one"}), json.dumps({"case": "one", "wrong": 0})
+    text = "\n".join([*lines, json.dumps({"start": "two"}), ""])
+    start = f"import sys, time; say = lambda _: open({str(log)!r}, 'w').write({text!r})\n"
+    command = [sys.executable, "-c", start + code]
+    part = checking._run(command, log, 30, stall=1.5)
+    assert part["state"] == state and error in part["error"]
+    assert part["last"] == "two" and part["results"] == [{"case": "one", "wrong": 0}]
+
+
+def test_the_check_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts in order until the time is up, a report after each, and a status that says it."""
+    made: list[str] = []
+
+    def part(name: str, library: Path, work: Path, left: float) -> dict[str, Any]:
+        assert os.environ["MQC_CUDA_LIBRARY"] == str(library)
+        made.append(name)
+        wrong = int(name == "rows")
+        results = [{"case": "x", "wrong": wrong}]
+        return {"state": "done", "seconds": 1.0, "last": "", "error": "", "results": results}
+
+    monkeypatch.setenv("MQC_CUDA_LIBRARY", "")
+    monkeypatch.setattr(checking, "_part", part)
+    monkeypatch.setattr(checking, "_library", lambda given, work: tmp_path / "lib.so")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    options = argparse.Namespace(
+        out=tmp_path, library=None, resume=None, seconds=60.0, only=["small", "rows"]
+    )
+    assert checking._check(options) == 1 and made == ["small", "rows"]
+    report = tmp_path / "gpu_check.json"
+    assert list(json.loads(report.read_text())["parts"]) == made
+    assert "1 checks, 1 wrong" in (tmp_path / "gpu_check.txt").read_text()
+    options.resume, options.only = report, ["small", "sweep"]
+    assert checking._check(options) == 0 and made[2:] == ["sweep"]
+    options.resume, options.seconds = None, 1.0
+    assert checking._check(options) == 0 and len(made) == 3
+
+
+def test_what_passed_is_kept(tmp_path: Path) -> None:
+    done = {"state": "done", "results": [{"case": "x", "wrong": 0}]}
+    wrong = {"state": "done", "results": [{"case": "x", "wrong": 3}]}
+    hung = {"state": "hung", "results": []}
+    report = tmp_path / "gpu_check.json"
+    report.write_text(json.dumps({"parts": {"rows": done, "sweep": wrong, "small": hung}}))
+    assert checking._kept(report) == {"rows": done} and checking._kept(None) == {}
 
 
 def test_table() -> None:
@@ -95,16 +161,16 @@ def test_table() -> None:
             },
         },
     }
-    text = table.render(report)
-    for part_of_text in (
-        "3.0 TB/s",
-        "2 checks, 1 wrong",
-        "norm: 2",
-        "HUNG",
-        "AUTO=MMA_8/4",
-        "2.5 us",
-    ):
-        assert part_of_text in text
+    for text in (table.render(report), table.summary(report)):
+        for part_of_text in (
+            "3.0 TB/s",
+            "2 checks, 1 wrong",
+            "norm: 2",
+            "HUNG",
+            "AUTO=MMA_8/4",
+            "2.5 us",
+        ):
+            assert part_of_text in text
 
 
 @pytest.mark.parametrize("wgmma", [False, True])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -16,22 +18,27 @@ from typing import Any
 import torch
 
 from mqc.cuda import build
-from mqc.cuda.library import library_path
+from mqc.cuda.library import PATH_VARIABLE, library_path
 from tools.gpu_check import ROOT, parts
 from tools.gpu_check.common import Recorder
 from tools.gpu_check.prepare import FOLDER
-from tools.gpu_check.table import render
+from tools.gpu_check.table import render, summary
 
 SANITIZER_SECONDS = 75
 
 
-def _library(given: Path | None, out: Path) -> Path:
-    """The library to check: the one given, one that stands, or a fresh build."""
-    found = given or library_path()
-    if found is None:
+def _library(given: Path | None, work: Path) -> Path:
+    """The library to check: the one given, a fresh build (one that stands may be older than the
+    sources), or where there is no compiler the one that stands."""
+    found = given
+    if found is None and build.find_nvcc() is not None:
         start = time.monotonic()
-        found = build.build(out / build.FILE_NAME, out / "objects")
-        print(f"built {found} in {time.monotonic() - start:.0f} s", flush=True)
+        found = build.build(work / build.FILE_NAME, work / "objects")
+        print(f"built {build.FILE_NAME} in {time.monotonic() - start:.0f} s", flush=True)
+    if found is None:
+        found = library_path()
+    if found is None:
+        sys.exit("error: no libmqc_cuda.so, and no nvcc to build it: name one with --library")
     return found.resolve()
 
 
@@ -40,20 +47,46 @@ def _command(name: str, library: Path, log: Path, seconds: float) -> list[str]:
     return [*base, "--log", str(log), "--seconds", str(seconds)]
 
 
-def _run(name: str, command: list[str], log: Path, seconds: float) -> dict[str, Any]:
+def _wait(process: subprocess.Popen[bytes], log: Path, seconds: float, stall: float) -> str:
+    """Wait for a part; "" where it ended by itself, else why it was ended."""
+    start = changed = time.monotonic()
+    size = 0
+    while process.poll() is None:
+        time.sleep(0.2)
+        now, written = time.monotonic(), log.stat().st_size if log.is_file() else 0
+        if written != size:
+            size, changed = written, now
+        # The part stops by itself when its time is up; these limits are for hangs.
+        if now - start > seconds + 30 or now - changed > stall:
+            process.kill()
+            process.wait()
+            return f"no end after {now - start:.0f} s, nothing new for {now - changed:.0f} s"
+    return ""
+
+
+def _run(
+    command: list[str],
+    log: Path,
+    seconds: float,
+    *,
+    stall: float = parts.STALL,
+    env: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Run a part in its own process: its results, and where it ended if it did not finish."""
     start = time.monotonic()
-    state, error, output = "done", "", ""
-    try:
-        # The part stops by itself when its time is up; the limit is for hangs.
-        result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 30, check=False
+    output = log.with_suffix(".out")
+    log.unlink(missing_ok=True)
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
         )
-        output = result.stdout + result.stderr
-        if result.returncode:
-            state, error = "failed", output[-1500:]
-    except subprocess.TimeoutExpired:
-        state, error = "hung", f"no end after {seconds + 30:.0f} s"
+        error = _wait(process, log, seconds, stall)
+    text = output.read_text(encoding="utf-8", errors="replace")
+    state = "hung" if error else "failed" if process.returncode else "done"
     entries = []
     if log.is_file():
         entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -62,10 +95,17 @@ def _run(name: str, command: list[str], log: Path, seconds: float) -> dict[str, 
         "state": state,
         "seconds": time.monotonic() - start,
         "last": started[-1] if started else "",
-        "error": error,
+        "error": "\n".join(filter(None, [error, text[-4000:] if state != "done" else ""])),
         "results": [entry for entry in entries if "start" not in entry],
-        "output": output,
+        "output": text,
     }
+
+
+def _blame(part: dict[str, Any], command: list[str], log: Path, seconds: float) -> None:
+    """Run a part that failed again, every launch awaited: the error then names its kernel."""
+    env = {"CUDA_LAUNCH_BLOCKING": "1"}
+    again = _run(command, log.with_suffix(".blocking.jsonl"), seconds, env=env)
+    part["blocking"] = {key: again[key] for key in ("state", "last", "error")}
 
 
 def _sanitize(library: Path, out: Path) -> dict[str, Any]:
@@ -82,7 +122,7 @@ def _sanitize(library: Path, out: Path) -> dict[str, Any]:
     log = out / "sanitizer.jsonl"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
     command += _command("small", library, log, SANITIZER_SECONDS)
-    part = _run("sanitizer", command, log, SANITIZER_SECONDS)
+    part = _run(command, log, SANITIZER_SECONDS, stall=SANITIZER_SECONDS)
     found = re.findall(r"ERROR SUMMARY: .*", part["output"])
     part["summary"] = found[-1] if found else "compute-sanitizer gave no summary"
     return part
@@ -96,42 +136,68 @@ def _driver() -> str:
         return "unknown"
 
 
+def _part(name: str, library: Path, work: Path, left: float) -> dict[str, Any]:
+    if name == "sanitizer":
+        return _sanitize(library, work)
+    seconds = min(parts.PARTS[name].seconds, left)
+    log = work / f"{name}.jsonl"
+    command = _command(name, library, log, seconds)
+    end = time.monotonic() + left
+    part = _run(command, log, seconds, stall=parts.PARTS[name].stall)
+    if part["state"] == "failed" and end - time.monotonic() > 60:
+        again = log.with_suffix(".blocking.jsonl")
+        _blame(part, _command(name, library, again, 20), log, 20)
+    return part
+
+
 def _check(options: argparse.Namespace) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU: this check runs on a machine that has one")
     end = time.monotonic() + options.seconds
-    library = _library(options.library, out)
+    work = Path(tempfile.mkdtemp(prefix="mqc-gpu-check-"))
+    library = _library(options.library, work)
+    os.environ[PATH_VARIABLE] = str(library)  # parts that open an artifact find it so
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "driver": _driver(),
         "library": library.name,
-        "parts": {},
+        "parts": _kept(options.resume),
     }
-    wanted = options.only or [*parts.PARTS, "sanitizer"]
-    for name in wanted:
+    for name in options.only or parts.ORDER:
         left = end - time.monotonic()
+        if name in report["parts"]:
+            print(f"{name}: kept", flush=True)
+            continue
         if left < 15:
             print(f"{name}: not run, the time is up", flush=True)
             continue
-        if name == "sanitizer":
-            part = _sanitize(library, out)
-        else:
-            seconds = min(parts.PARTS[name].seconds, left)
-            log = out / f"{name}.jsonl"
-            part = _run(name, _command(name, library, log, seconds), log, seconds)
+        part = _part(name, library, work, left)
         part.pop("output", None)
         report["parts"][name] = part
-        print(f"{name}: {part['state']}, {part['seconds']:.0f} s", flush=True)
+        wrong = sum(bool(r.get("wrong")) for r in part["results"])
+        print(f"{name}: {part['state']}, {part['seconds']:.0f} s, {wrong} wrong", flush=True)
         (out / "gpu_check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    text = render(report)
-    (out / "gpu_check.txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    (out / "gpu_check.txt").write_text(render(report) + "\n", encoding="utf-8")
+    print(summary(report))
+    shutil.rmtree(work, ignore_errors=True)
     wrong = any(r.get("wrong") for part in report["parts"].values() for r in part["results"])
     failed = any(part["state"] in ("failed", "hung") for part in report["parts"].values())
     return 1 if wrong or failed else 0
+
+
+def _kept(resume: Path | None) -> dict[str, Any]:
+    """Parts of an earlier report that were finished."""
+    if resume is None:
+        return {}
+    found: dict[str, Any] = json.loads(resume.read_text(encoding="utf-8"))["parts"]
+    return {
+        name: part
+        for name, part in found.items()
+        if part["state"] == "done" and not any(r.get("wrong") for r in part["results"])
+    }
 
 
 def _dry(options: argparse.Namespace) -> int:
@@ -169,9 +235,10 @@ def main() -> None:
     """Run all parts, or one (`--part`, which is how the parts are started)."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_check")
-    parser.add_argument("--library", type=Path, help="libmqc_cuda.so; default: found or built")
+    parser.add_argument("--library", type=Path, help="libmqc_cuda.so; default: built, or found")
     parser.add_argument("--seconds", type=float, default=540, help="for everything together")
-    parser.add_argument("--only", nargs="*", choices=[*parts.PARTS, "sanitizer"])
+    parser.add_argument("--only", nargs="*", choices=parts.ORDER)
+    parser.add_argument("--resume", type=Path, help="a gpu_check.json: what passed there is kept")
     parser.add_argument("--part", choices=list(parts.PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="the model parts on the CPU")

@@ -47,6 +47,7 @@ class LinearCase:
     ) -> None:
         device = generator.device
         self.shape, self.options, self.device = (rows, n, k), options, device
+        self.first = ""
         low, high = (-8, 8) if options.bits == 4 else (-127, 128)
 
         def integers(low: int, high: int, *size: int) -> Tensor:
@@ -103,16 +104,15 @@ class LinearCase:
         out = y.to(self.options.dtype)
         return out if self.residual is None else out + self.residual
 
-    def differing(self, got: Tensor, want: Tensor) -> int:
-        """Values of `got` that are not those of `want`. Sums over groups are rounded once a group,
+    def differing(self, got: Tensor, want: Tensor) -> Tensor:
+        """Where `got` is not `want`, bool [rows, n]. Sums over groups are rounded once a group,
         in an order of the kernel's: they may differ by what that can make."""
         if self.factors is None:
-            return int((got != want).sum())
+            return got != want
         largest = self.factors.sum(dim=1) * self.options.group * 127 * 8
         slack = largest * self.w_scale * self.x_scale.max() * self.factors.shape[1] * 2.0**-23
         slack = slack + 2 * torch.finfo(want.dtype).eps * want.float().abs()
-        near = (got.float() - want.float()).abs() <= slack  # false for NaN
-        return int((~near).sum())
+        return ~((got.float() - want.float()).abs() <= slack)  # NaN is not near
 
     def arguments(self, y: Tensor, w: Tensor | None = None) -> LinearArgs:
         """The call's struct, without kernel, split and workspace; `w`: another packed copy."""
@@ -162,6 +162,20 @@ class LinearCase:
         for _ in range(repeats):
             bits.fill_(POISON)
             library.launch("linear", arguments, stream_of(self.device))
-            wrong += self.differing(buffer[:rows, :n], want)
+            wrong += self._count("y", buffer[:rows, :n], want)
             wrong += int((bits[rows:] != POISON).sum() + (bits[:rows, n:] != POISON).sum())
         return wrong
+
+    def _count(self, what: str, got: Tensor, want: Tensor) -> int:
+        """Wrong values; `first` gets the place of the first ones, the rows and channels touched."""
+        different = self.differing(got, want)
+        count = int(different.sum())
+        if count and not self.first:
+            rows, channels = torch.nonzero(different)[:4096].T
+            row, channel = int(rows[0]), int(channels[0])
+            self.first = (
+                f"{what}[{row}, {channel}] is {float(got[row, channel])}, not "
+                f"{float(want[row, channel])}; rows {int(rows.min())}..{int(rows.max())}, channels "
+                f"{int(channels.min())}..{int(channels.max())} of {tuple(got.shape)}"
+            )
+        return count

@@ -80,6 +80,9 @@ def run(
             for kernel in kernels:
                 splits = (0, 3) if kernel not in (LinearKernel.AUTO, LinearKernel.WGMMA) else (0,)
                 for split in splits:
+                    recorder.start(f"{name} {kernel.name} split {split}")
+                    case.first = ""
                     wrong = case.mismatches(library, kernel, split, want)
                     synchronize(case.device)
-                    recorder.add(case=name, kernel=kernel.name, split_k=split, wrong=wrong)
+                    where = {"first": case.first} if wrong else {}
+                    recorder.add(case=name, kernel=kernel.name, split_k=split, wrong=wrong, **where)

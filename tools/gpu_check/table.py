@@ -11,7 +11,7 @@ def _counts(results: list[dict[str, Any]]) -> str:
     text = f"{len(done)} checks, {len(bad)} wrong"
     for r in bad[:8]:
         kernel = f" {r['kernel']} split {r['split_k']}" if "kernel" in r else ""
-        text += f"\n      {r['case']}{kernel}: {r['wrong']}"
+        text += f"\n      {r['case']}{kernel}: {r['wrong']} {r.get('first', '')}"
     return text
 
 
@@ -35,12 +35,31 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"{name}: {state}, {part['seconds']:.0f} s")
         if part["state"] != "done":
             lines.append(f"      in: {part['last']}\n      {part['error']}")
+        if "blocking" in part:
+            again = part["blocking"]
+            lines.append(f"      launch by launch: {again['state']} in {again['last']}")
+            lines.append(f"      {again['error'][-1500:]}")
         lines += [f"  skipped: {r['skipped']}" for r in part["results"] if "skipped" in r]
         for r in (r for r in part["results"] if "unit" in r):
             lines.append(f"  {r['name']:44} {r['value']:10.1f} {r['unit']}")
-        if any("wrong" in r for r in part["results"]):
+        if "counts" in part:
+            lines.append(f"  {part['counts']}")
+        elif any("wrong" in r for r in part["results"]):
             lines.append(f"  {_counts(part['results'])}")
         lines += _timings(part["results"])
         if "summary" in part:
             lines.append(f"  {part['summary']}")
     return "\n".join(lines)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The same for a terminal that keeps the last lines: of the timings, only the kernel chosen and
+    torch's."""
+    parts = {}
+    for name, part in report["parts"].items():
+        kept = (None, "AUTO", "torch bf16", "torch SDPA")
+        shown = [r for r in part["results"] if r.get("kernel") in kept or r.get("wrong")]
+        parts[name] = {**part, "results": shown, "error": part["error"][-800:]}
+        if any("wrong" in r for r in part["results"]):
+            parts[name]["counts"] = _counts(part["results"])
+    return render({**report, "parts": parts})
