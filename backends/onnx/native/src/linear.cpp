@@ -1,8 +1,11 @@
 // The linear: checks, scratch memory, and the loops over rows, channels and threads.
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <new>
+#include <thread>
 
 #include "linear.h"
 
@@ -11,8 +14,17 @@ namespace {
 
 constexpr int64_t kThreads = 256;
 constexpr int64_t kLine = 64;
-// Packed rows that stay in the second-level cache while weights pass by.
-constexpr int64_t kRowBytes = 768 << 10;
+// Row tiles that share an unpacked panel, at least, where there are as many.
+constexpr int64_t kShare = 8;
+
+// Of the second-level cache of a core; a common size where the system does not tell.
+int64_t cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (told >= 256 << 10) return told;
+#endif
+    return 1 << 20;
+}
 
 // How a call is cut up. Row tiles are of equal height, give or take one.
 struct Plan {
@@ -26,8 +38,10 @@ struct Plan {
     int64_t chunk;       // strips of a unit of work
     int64_t chunks;
     int64_t threads;
-    int64_t x_bytes, correction_bytes, scale_bytes, panel_bytes, thread_bytes;
+    int64_t x_bytes, correction_bytes, scale_bytes, left_bytes, panel_bytes, thread_bytes;
 };
+
+using Count = std::atomic<int64_t>;
 
 struct Job {
     const mqc_linear_call* call;
@@ -35,8 +49,9 @@ struct Job {
     int8_t* x;
     int32_t* correction;
     float* x_scale;
+    Count* left;       // of each span: row tiles that are not packed yet
     uint8_t* scratch;  // thread_bytes for every task
-    std::atomic<int64_t> next;
+    Count next;        // the ticket to take
 };
 
 mqc_status check(const mqc_linear_call* c, Sizes* s) {
@@ -66,11 +81,12 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
     p.s = s;
     p.padded = round_up(s.group_k, p.isa->k_step);
     p.row_tiles = (c->m + p.isa->rows - 1) / p.isa->rows;
-    // One row tile reads packed 4-bit weights once; unpacking pays from the second on.
-    p.panel = s.bits == 4 ? p.isa->panel || p.row_tiles > 1 : p.padded != s.group_k;
+    // Tiles that read packed 4-bit weights unpack them in registers; in memory pays from the third on.
+    p.panel = s.bits == 4 ? p.isa->panel || p.row_tiles > 2 : p.padded != s.group_k;
     const int64_t row = s.groups * p.padded;
-    int64_t tiles = kRowBytes / (row * p.isa->rows);
-    if (tiles * p.isa->rows < 112) tiles = (111 + p.isa->rows) / p.isa->rows;
+    // A span's packed rows stay in the cache while weights and outputs pass by.
+    int64_t tiles = cache_bytes() * 3 / 8 / (row * p.isa->rows);
+    if (tiles < kShare) tiles = kShare;
     p.spans = (p.row_tiles + tiles - 1) / tiles;
     p.strips = (s.blocks + p.isa->blocks - 1) / p.isa->blocks;
     p.threads = threads < 1 ? 1 : threads > kThreads ? kThreads : threads;
@@ -82,6 +98,7 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
     p.x_bytes = round_up(c->m * row + kMaxRows * kLine, kLine);
     p.correction_bytes = round_up(c->m * s.groups * 4, kLine);
     p.scale_bytes = round_up(c->m * 4, kLine);
+    p.left_bytes = round_up(p.spans * static_cast<int64_t>(sizeof(Count)), kLine);
     p.panel_bytes = p.panel ? p.isa->blocks * row * kBlock : 0;
     // The last strip's tile: y, residual, bias.
     const int64_t edge = (2 * kMaxRows + 1) * kMaxBlocks * kBlock * 4;
@@ -90,13 +107,17 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
 }
 
 int64_t bytes_of(const Plan& p) {
-    return kLine + p.x_bytes + p.correction_bytes + p.scale_bytes + p.threads * p.thread_bytes;
+    return kLine + p.x_bytes + p.correction_bytes + p.scale_bytes + p.left_bytes +
+           p.threads * p.thread_bytes;
 }
 
 // Rows of row tile i: [first(i), first(i + 1)).
 int64_t first_row(const Job& job, int64_t i) {
     return i * job.call->m / job.plan.row_tiles;
 }
+
+// Row tiles of span i: [first_tile(i), first_tile(i + 1)).
+int64_t first_tile(const Plan& p, int64_t i) { return i * p.row_tiles / p.spans; }
 
 void fill_scales(const mqc_linear_call& c, float* scale) {
     const uint8_t* mask = static_cast<const uint8_t*>(c.modality);
@@ -110,10 +131,8 @@ void fill_scales(const mqc_linear_call& c, float* scale) {
     }
 }
 
-void pack_task(void* context, size_t index) {
-    Job& job = *static_cast<Job*>(context);
+void pack_tile(const Job& job, int64_t i) {
     const Plan& p = job.plan;
-    const int64_t i = static_cast<int64_t>(index);
     const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
     p.isa->pack_rows(static_cast<const uint8_t*>(job.call->xq) + row * p.s.k, rows, p.s, p.padded,
                      job.call->x_unsigned ? 0x80 : 0, job.x + row * p.s.groups * p.padded,
@@ -222,20 +241,32 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     }
 }
 
-// Takes units of work (a chunk of strips times a span of rows) until none is left.
-void multiply_task(void* context, size_t index) {
+// Takes tickets until none is left. Those of a span of rows: one to pack each of its row tiles, then
+// one for each chunk of strips, multiplied by the whole span. A span is packed just before it is
+// used, so that it is in a cache then. Whoever waits for its last tiles waits for tasks that run,
+// never for one that has not begun.
+void linear_task(void* context, size_t index) {
     Job& job = *static_cast<Job*>(context);
     const Plan& p = job.plan;
     uint8_t* scratch = job.scratch + static_cast<int64_t>(index) * p.thread_bytes;
     if (p.isa->begin) p.isa->begin();
-    for (;;) {
-        const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (unit >= p.chunks * p.spans) break;
-        const int64_t span = unit / p.chunks, from = unit % p.chunks * p.chunk;
-        const int64_t to = from + p.chunk < p.strips ? from + p.chunk : p.strips;
-        for (int64_t i = from; i < to; i++)
-            strip(job, i, span * p.row_tiles / p.spans, (span + 1) * p.row_tiles / p.spans,
-                  scratch);
+    int64_t ticket = job.next.fetch_add(1, std::memory_order_relaxed);
+    int64_t first = 0;  // ticket of the span
+    for (int64_t span = 0; span < p.spans; span++) {
+        const int64_t tile_from = first_tile(p, span), tile_to = first_tile(p, span + 1);
+        const int64_t packing = first + tile_to - tile_from, end = packing + p.chunks;
+        for (; ticket < end; ticket = job.next.fetch_add(1, std::memory_order_relaxed)) {
+            if (ticket < packing) {
+                pack_tile(job, tile_from + ticket - first);
+                job.left[span].fetch_sub(1, std::memory_order_release);
+                continue;
+            }
+            while (job.left[span].load(std::memory_order_acquire) > 0) std::this_thread::yield();
+            const int64_t from = (ticket - packing) * p.chunk;
+            const int64_t to = from + p.chunk < p.strips ? from + p.chunk : p.strips;
+            for (int64_t i = from; i < to; i++) strip(job, i, tile_from, tile_to, scratch);
+        }
+        first = end;
     }
     if (p.isa->end) p.isa->end();
 }
@@ -247,19 +278,16 @@ void run(Job* job, uint8_t* memory, const mqc_threads* threads) {
     job->x = reinterpret_cast<int8_t*>(at);
     job->correction = reinterpret_cast<int32_t*>(at += p.x_bytes);
     job->x_scale = reinterpret_cast<float*>(at += p.correction_bytes);
-    job->scratch = at + p.scale_bytes;
+    job->left = reinterpret_cast<Count*>(at += p.scale_bytes);
+    job->scratch = at + p.left_bytes;
     job->next.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < p.spans; i++)
+        new (job->left + i) Count(first_tile(p, i + 1) - first_tile(p, i));
     fill_scales(*job->call, job->x_scale);
-    const bool parallel = p.threads > 1;
-    if (parallel && job->call->m * p.s.k >= 1 << 16) {
-        threads->parallel_for(threads->pool, static_cast<size_t>(p.row_tiles), pack_task, job);
-    } else {
-        for (int64_t i = 0; i < p.row_tiles; i++) pack_task(job, static_cast<size_t>(i));
-    }
-    if (parallel && p.chunks * p.spans > 1)
-        threads->parallel_for(threads->pool, static_cast<size_t>(p.threads), multiply_task, job);
+    if (p.threads > 1 && p.chunks * p.spans > 1)
+        threads->parallel_for(threads->pool, static_cast<size_t>(p.threads), linear_task, job);
     else
-        multiply_task(job, 0);
+        linear_task(job, 0);
 }
 
 }  // namespace

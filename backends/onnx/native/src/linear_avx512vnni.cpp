@@ -7,7 +7,9 @@ namespace {
 constexpr int kRows = 14, kPanel = 2;
 
 void tile(Form form, const Tile& t) {
-    if (form == kNibbles)
+    if (form == kNibbles && t.keep)
+        tile(kSmall, unpack<Avx512, kPanel>(t));
+    else if (form == kNibbles)
         tile_rows<Avx512, kPanel, kNibbles, kRows>(t);
     else
         tile_rows<Avx512, kPanel, kBytes, kRows>(t);
@@ -16,6 +18,6 @@ void tile(Form form, const Tile& t) {
 }  // namespace
 
 namespace mqc {
-const LinearIsa linear_avx512vnni = {"avx512vnni", kRows, kPanel, 8, false, pack_rows_interleaved,
+const LinearIsa linear_avx512vnni = {"avx512vnni", kRows, kPanel, 8, false, pack_rows_transposed,
                                      tile, nullptr, 0, nullptr, nullptr};
 }

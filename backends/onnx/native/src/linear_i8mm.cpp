@@ -100,7 +100,7 @@ void pack_rows(const uint8_t* x, int64_t rows, const Sizes& s, int64_t padded, u
 
 void tile(Form form, const Tile& t) {
     if (form == kNibbles && t.keep)
-        tile(kSmall, kept(t));
+        tile(kSmall, unpack<Neon, kPanel>(t));
     else if (form == kNibbles)
         tile_rows_of_pairs<kNibbles, kRows>(t);
     else if (form == kSmall)

@@ -41,25 +41,4 @@ struct Neon {
     static Float add(Float a, Float b) { return vaddq_f32(a, b); }
 };
 
-// Unpacks the nibbles of a tile of one block to t.keep, for the row tiles to come; they and this
-// one read them there.
-inline Tile kept(const Tile& t) {
-    for (int64_t g = 0; g < t.groups; g++) {
-        const uint8_t* w = t.w + g * t.w_group;
-        uint8_t* out = t.keep + g * t.keep_group;
-        for (int64_t i = 0; i < t.packed_k; i += 8, w += 64, out += 128)
-            for (int v = 0; v < 4; v++) {
-                const uint8x16_t bytes = Neon::load(w + 16 * v);
-                Neon::store(out + 16 * v, Neon::low(bytes));
-                Neon::store(out + 64 + 16 * v, Neon::high(bytes));
-            }
-    }
-    Tile small = t;
-    small.w = t.keep;
-    small.w_block = t.keep_block;
-    small.w_group = t.keep_group;
-    small.keep = nullptr;
-    return small;
-}
-
 }  // namespace

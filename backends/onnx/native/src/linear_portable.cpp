@@ -73,7 +73,9 @@ struct Plain {
 constexpr int kRows = 4, kPanel = 1;
 
 void tile(Form form, const Tile& t) {
-    if (form == kNibbles)
+    if (form == kNibbles && t.keep)
+        tile(kSmall, unpack<Plain, kPanel>(t));
+    else if (form == kNibbles)
         tile_rows<Plain, kPanel, kNibbles, kRows>(t);
     else
         tile_rows<Plain, kPanel, kBytes, kRows>(t);

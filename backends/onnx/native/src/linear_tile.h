@@ -80,27 +80,23 @@ inline void hide(T*& pointer) {
 #endif
 }
 
-// Adds the products of four inputs, the first or the second half of a step of eight.
+// The first or the second half of a step of eight inputs, of vector v of a tile's channels.
+template <class V, Form form, bool half>
+inline __attribute__((always_inline)) typename V::Bytes weights_of(const uint8_t* w, int v,
+                                                                   int64_t w_block) {
+    const uint8_t* p = w + v / kVectors<V> * w_block + v % kVectors<V> * 4 * V::lanes;
+    if (form != kNibbles) return V::load(p + (half ? 64 : 0));
+    return half ? V::high(V::load(p)) : V::low(V::load(p));
+}
+
+// Adds the products of four inputs.
 template <class V, int R, int N, Form form, bool half>
 inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_block,
-                                                    const int8_t* x, typename V::Int (&sum)[R][N],
-                                                    uint8_t* keep, int64_t keep_block) {
+                                                    const int8_t* x,
+                                                    typename V::Int (&sum)[R][N]) {
     typename V::Bytes weights[N];
 #pragma GCC unroll 16
-    for (int v = 0; v < N; v++) {
-        const uint8_t* p = w + v / kVectors<V> * w_block + v % kVectors<V> * 4 * V::lanes;
-        if (form == kNibbles)
-            weights[v] = half ? V::high(V::load(p)) : V::low(V::load(p));
-        else
-            weights[v] = V::load(p + (half ? 64 : 0));
-    }
-    if (form == kNibbles && keep) {
-#pragma GCC unroll 16
-        for (int v = 0; v < N; v++)
-            V::store(keep + v / kVectors<V> * keep_block + v % kVectors<V> * 4 * V::lanes +
-                         (half ? 64 : 0),
-                     weights[v]);
-    }
+    for (int v = 0; v < N; v++) weights[v] = weights_of<V, form, half>(w, v, w_block);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
         const typename V::Input value = V::spread(x + 4 * r);
@@ -108,6 +104,31 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t w_
         for (int v = 0; v < N; v++)
             sum[r][v] = V::template dot<form>(sum[r][v], weights[v], value);
     }
+}
+
+// Unpacks the nibbles of a tile to t.keep; the tile that reads them there. (Tiles that unpack what
+// they multiply, and store it too, spill registers: twice the time of the two one after the other.)
+template <class V, int B>
+Tile unpack(const Tile& t) {
+    constexpr int N = B * kVectors<V>;
+    for (int64_t g = 0; g < t.groups; g++) {
+        const uint8_t* w = t.w + g * t.w_group;
+        uint8_t* out = t.keep + g * t.keep_group;
+        for (int64_t i = 0; i < t.packed_k; i += 8, w += 64, out += 128) {
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) {
+                uint8_t* p = out + v / kVectors<V> * t.keep_block + v % kVectors<V> * 4 * V::lanes;
+                V::store(p, weights_of<V, kNibbles, false>(w, v, t.w_block));
+                V::store(p + 64, weights_of<V, kNibbles, true>(w, v, t.w_block));
+            }
+        }
+    }
+    Tile bytes = t;
+    bytes.w = t.keep;
+    bytes.w_block = t.keep_block;
+    bytes.w_group = t.keep_group;
+    bytes.keep = nullptr;
+    return bytes;
 }
 
 // Asks for lines of memory that a tile needs soon: those of y, of the residual, then whatever t.ahead
@@ -158,8 +179,7 @@ void tile_of(const Tile& t) {
             }
         }
         const uint8_t* w = t.w + g * t.w_group;
-        uint8_t* keep = form == kNibbles && t.keep ? t.keep + g * t.keep_group : nullptr;
-        const int64_t w_block = t.w_block, keep_block = t.keep_block;
+        const int64_t w_block = t.w_block;
         const int64_t stride = form == kNibbles ? 64 : 128;
         const int8_t* const end = x + t.group_k * R;
         do {
@@ -167,11 +187,9 @@ void tile_of(const Tile& t) {
             const int8_t* const next = x + t.ask_every * 8 * R;
             const int8_t* const stop = next < end ? next : end;
             do {
-                multiply<V, R, N, form, false>(w, w_block, x, sum, keep, keep_block);
+                multiply<V, R, N, form, false>(w, w_block, x, sum);
                 hide(w);
-                multiply<V, R, N, form, true>(w, w_block, x + 4 * R, two ? second : sum, keep,
-                                              keep_block);
-                if (form == kNibbles && keep) keep += 128;
+                multiply<V, R, N, form, true>(w, w_block, x + 4 * R, two ? second : sum);
                 w += stride;
                 x += 8 * R;
             } while (x < stop);

@@ -63,7 +63,9 @@ struct Avx2 {
 constexpr int kRows = 6, kPanel = 1;
 
 void tile(Form form, const Tile& t) {
-    if (form == kNibbles)
+    if (form == kNibbles && t.keep)
+        tile(kSmall, unpack<Avx2, kPanel>(t));
+    else if (form == kNibbles)
         tile_rows<Avx2, kPanel, kNibbles, kRows>(t);
 #ifndef MQC_DOT_VNNI
     else if (form == kSmall)
