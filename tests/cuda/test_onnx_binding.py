@@ -27,7 +27,7 @@ from mqc.backends.onnx.library import build_hint, ops_library
 from mqc.cuda.library import PATH_VARIABLE
 from mqc.numerics.hadamard import hadamard_factors
 from mqc.numerics.packing import pack_c16k4, pack_int4
-from mqc.ops.onnx_functions import attach_functions
+from mqc.ops.onnx_functions import attach_functions, variant_inputs
 
 LIBRARY = ops_library("cuda")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"no operator library: {build_hint()}")
@@ -235,7 +235,7 @@ def test_variants_without_a_kernel_run_by_their_bodies(
         assert np.array_equal(left, right)
 
 
-@pytest.mark.parametrize("op_type", ["Attention_half"])
+@pytest.mark.parametrize("op_type", ["Attention_half", "AttentionInt8_half"])
 def test_cache_is_written_in_place(op_type: str, rng: np.random.Generator) -> None:
     """One buffer bound to input and output: the new rows are written, the others stay."""
     calls = {op_type: arguments(op_type, rng)}
@@ -297,6 +297,20 @@ def test_prompts_are_read_in_half_precision(past: int, rng: np.random.Generator)
     assert 2e-6 < native_library.relative(out[1], wanted[1]) <= 2e-3
 
 
+def test_prompts_over_an_int8_cache(rng: np.random.Generator) -> None:
+    """The kernel for half precision reads the int8 rows as they are."""
+    values = prompt(rng, 3)
+    for name in ("key", "value"):
+        shape = values[f"{name}_cache"].shape
+        values[f"{name}_cache"] = rng.integers(-127, 128, shape).astype(np.int8)
+        values[f"{name}_scale"] = rng.uniform(0.01, 0.02, shape[:3]).astype(np.float32)
+    op_type = "AttentionInt8_packed_half"
+    calls = {op_type: {name: values[name] for name in variant_inputs(op_type)}}
+    (out, *caches), (wanted, *grown) = run(calls), bodies(calls)
+    compare(caches, grown)
+    assert 2e-6 < native_library.relative(out, wanted) <= 2e-3
+
+
 def test_calls_with_another_past(rng: np.random.Generator) -> None:
     """The number is kept on the device from call to call, as long as it is the same."""
     values = arguments("Attention", rng)
@@ -319,6 +333,7 @@ FUZZED = [
     "EmbeddingW8",
     "Attention_half",
     "Attention_packed_interleaved_partial",
+    "AttentionInt8_packed_half",
 ]
 VALID = {
     # What a mutation may leave valid, as for the CPU's kernels.
@@ -331,6 +346,7 @@ VALID = {
     "EmbeddingW8": ("ids", "qweight"),
     "Attention_half": ("mask", "cos", "past"),
     "Attention_packed_interleaved_partial": ("mask", "cos", "past"),
+    "AttentionInt8_packed_half": ("mask", "cos", "past"),
 }
 
 

@@ -14,11 +14,13 @@ from cuda_cases import quantized
 from cuda_emulator import compile_emulated
 from onnx_cases import inputs_of, relative
 
+import mqc
 from mqc.artifact import ArtifactWriter
 from mqc.backends.onnx import OnnxTarget, ops_library
 from mqc.backends.onnx.library import attention_in_place, build_hint
 from mqc.backends.onnx.session import OnnxEngine
 from mqc.cuda.library import PATH_VARIABLE
+from mqc.errors import UsageError
 from mqc.ir import Program
 from mqc.models import embedded_model_path
 
@@ -59,6 +61,14 @@ def test_operators_are_those_with_kernels(artifact: Path) -> None:
     assert linears and all("_s8" in name and "_group" not in name for name in linears)
     assert not [name for name in found if "_u8" in name]
     assert found["Attention_packed_half"] == 4
+
+
+def test_devices() -> None:
+    with pytest.raises(UsageError, match="target 'onnx' knows no device 'tpu'") as caught:
+        mqc.compile(MODEL, target="onnx", device="tpu")
+    assert caught.value.hint == "use cpu or cuda"
+    with pytest.raises(UsageError, match="target 'cuda' has no devices to choose from"):
+        mqc.compile(MODEL, target="cuda", device="cuda")
 
 
 @pytest.mark.skipif(LIBRARY is None, reason=f"no operator library: {build_hint()}")
