@@ -32,8 +32,9 @@ class Memory {
     int64_t bytes_ = 0;
 };
 
-// What the kernels of one stream use in turn. Memory that is too small is replaced by larger one;
-// freeing the old waits for its readers.
+// What the kernels of one stream use in turn. onnxruntime gives every run that is under way a stream
+// of its own, so one thread at a time enqueues on it. Memory that is too small is replaced by larger
+// one; freeing the old waits for its readers.
 class Workspace {
   public:
     // For kernels with counters: zeroed once, and left so that the next one can use it.
