@@ -36,6 +36,7 @@ def merge(results: Results, part: str, mode: str, rows: dict[str, dict[str, Any]
             continue
         old.pop("error", None)
         old.update(row)
+    results["parts"][part][mode] = {name: place[name] for name in PEERS if name in place}
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -35,7 +35,7 @@ PEERS: dict[str, Peer] = {
         "mqc W4A8 in plain onnxruntime with its library",
         _P + "mqc_plain",
         ("onnxruntime",),
-        (DECODER,),
+        (DECODER, PROMPT),
     ),
     "mqc-bodies": Peer(
         "mqc W4A8 without its library",

@@ -24,13 +24,13 @@ class Linears:
         from mqc.ops.onnx_functions import attach_functions, variant_inputs
 
         k, n, m, copies = (request[name] for name in ("k", "n", "m", "copies"))
-        op_type = "LinearW4A8"
+        op_type = "LinearW4A8_c16k4"  # weights in the layout of the kernels, as artifacts have them
         rng = np.random.default_rng(0)
         scale = np.ones(1, np.float32)
         initializers = [numpy_helper.from_array(scale, "x_scale")]
         nodes, outputs = [], []
         for i in range(copies):
-            weight = rng.integers(0, 256, (n, k // 2)).astype(np.uint8)
+            weight = rng.integers(0, 256, (-(-n // 16), 1, k // 8, 16, 4)).astype(np.uint8)
             initializers.append(numpy_helper.from_array(weight, f"w{i}"))
             w_scale = rng.random(n).astype(np.float32)
             initializers.append(numpy_helper.from_array(w_scale, f"s{i}"))
