@@ -9,12 +9,15 @@ import tiny
 import torch
 
 from mqc.backends.cuda.lower import lower
+from mqc.capture import adapter_for, capture
 from mqc.config import make_recipe
-from mqc.host import decode_step, prefill
+from mqc.host import Prompt, decode_step, prefill
 from mqc.host.engine import Engine
 from mqc.ir import Program
 from mqc.pipeline import make_passes, pass_names
 from mqc.testing import vqa
+from mqc.testing.families import FAMILIES, build_family
+from mqc.testing.families.run import family_prompt, family_samples
 from mqc.transform import PassContext, PassManager
 
 QUICK = [
@@ -34,6 +37,22 @@ def quantized(name: str, overrides: tuple[str, ...] = (), target: str = "cuda") 
     context = PassContext(plan, [run.prompt(messages) for messages in rows], seed=0)
     passes = make_passes(pass_names(plan), plan)
     return PassManager(passes).run(tiny.program(name).copy(), context)
+
+
+def quantized_family(name: str, overrides: tuple[str, ...] = ()) -> tuple[Program, list[Prompt]]:
+    """A family's random model after the passes of w4a8 for cuda, and prompts for it."""
+    family, (model, _) = FAMILIES[name], build_family(name)
+    adapter = adapter_for(model.config)
+    plan = make_recipe("w4a8", overrides=[*QUICK, *overrides], target="cuda").scheme
+    data, prompts = (
+        [family_prompt(adapter, sample) for sample in samples]
+        for samples in (
+            family_samples(family, model.config, torch.float32, 4, seed=seed) for seed in (1, 0)
+        )
+    )
+    passes = make_passes(pass_names(plan), plan)
+    context = PassContext(plan, data, seed=0)
+    return PassManager(passes).run(capture(model, dtype=torch.float32), context), prompts
 
 
 @cache
