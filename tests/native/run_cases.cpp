@@ -173,11 +173,16 @@ mqc_status attention(Case& c) {
     a.k_stride = a.kv_heads * a.dim;
     a.v_stride = a.kv_heads * a.value_dim;
     a.out = c.result<float>(0);
-    if (c.outputs.size() > 1) {
+    for (size_t i = 1; i < c.outputs.size(); i++)  // caches: what they hold before
+        memcpy(c.result<void>(i), c.array<void>(), c.outputs[i].size());
+    if (c.outputs.size() == 3) {
         a.key_cache = c.result<float>(1);
         a.value_cache = c.result<float>(2);
-        memcpy(a.key_cache, c.array<float>(), c.outputs[1].size());
-        memcpy(a.value_cache, c.array<float>(), c.outputs[2].size());
+    } else if (c.outputs.size() == 5) {
+        a.key_bytes = c.result<int8_t>(1);
+        a.value_bytes = c.result<int8_t>(2);
+        a.key_scale = c.result<float>(3);
+        a.value_scale = c.result<float>(4);
     }
     mqc_attention_plan plan;
     mqc_attention_prepare(&a, &plan);
