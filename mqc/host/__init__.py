@@ -19,6 +19,7 @@ from mqc.host.score import (
     score,
     wilson,
 )
+from mqc.host.videos import Video, open_video
 
 __all__ = [
     "AnswerScore",
@@ -35,6 +36,7 @@ __all__ = [
     "Sampling",
     "State",
     "Token",
+    "Video",
     "answer_ids",
     "append_answer",
     "build_prompt",
@@ -47,6 +49,7 @@ __all__ = [
     "make_batch",
     "merge",
     "messages_from",
+    "open_video",
     "prefill",
     "score",
     "spread",

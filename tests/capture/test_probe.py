@@ -22,6 +22,7 @@ def test_report() -> None:
     report = probe(model)
     assert report.captured
     assert report.layers == {"vision": 2, "language": 2}
+    assert report.modalities == ["text", "image", "video"]
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert [item.name for item in report.components] == ["vision", "embed", "decoder"]
     vision, embed, decoder = report.components

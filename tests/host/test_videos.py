@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from mqc import api
 from mqc.calib.dataset import load_dataset
+from mqc.cli import app
 from mqc.errors import UsageError
 from mqc.host import generate_batch, messages_from
 from mqc.host.videos import Video, open_video
@@ -167,6 +171,29 @@ def test_generation(name: str) -> None:
         run.generate(chats[0], max_new_tokens=4).text
         == run.generate(prompt="what ?", videos=film["video"] and [film], max_new_tokens=4).text
     )
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mqc run`` shows a file and a folder; ``--fps`` is the rate of the one to take, of the other
+    to tell."""
+    run = tiny.runnable("tiny-qwen2-vl")
+    frames = [frame.resize((64, 64)) for frame in FRAMES[:4]]
+    path, folder = animation(tmp_path / "a.png", frames, duration=250), tmp_path / "frames"
+    folder.mkdir()
+    for index in range(2):
+        frames[2 * index].save(folder / f"{index}.png")
+    monkeypatch.setattr(api, "load", lambda artifact, **options: run)
+    given = ["run", str(tmp_path), "--prompt", "what ?", "--fps", "2", "--max-new-tokens", "2"]
+    for videos in ([path], [folder], [path, folder]):
+        named = [word for video in videos for word in ("--video", str(video))]
+        result = CliRunner().invoke(app, [*given, *named, "--json"])
+        assert result.exit_code == 0, result.output
+        parts = [part(video, fps=2) for video in videos]
+        wanted = run.generate(prompt="what ?", videos=parts, max_new_tokens=2)
+        answer = json.loads(result.stdout)
+        assert (answer["text"], answer["prompt_tokens"]) == (wanted.text, wanted.prompt_tokens)
+    result = CliRunner().invoke(app, [*given, "--video", str(tmp_path / "gone.gif")])
+    assert result.exit_code != 0
 
 
 def test_who_takes_no_video() -> None:
