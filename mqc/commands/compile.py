@@ -24,6 +24,10 @@ Head = Annotated[int | None, typer.Option(help="Weight bits of the head that giv
 Embeddings = Annotated[
     bool | None, typer.Option("--embeddings/--no-embeddings", help="8-bit embedding table.")
 ]
+KvCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", help="Keys and values as float (default), or int8 by rows."),
+]
 CalibrationSource = Annotated[
     str | None,
     typer.Option("--calibration", help="Folder of images, or JSONL of chat messages."),
@@ -44,6 +48,7 @@ def compile_command(
     decoder: Decoder = None,
     head: Head = None,
     embeddings: Embeddings = None,
+    kv_cache: KvCache = None,
     passes: Annotated[
         list[str] | None, typer.Option("--pass", help="Custom pass, module:Class (repeatable).")
     ] = None,
@@ -63,7 +68,7 @@ def compile_command(
 
     Example: mqc compile tiny-qwen2-vl --target onnx --scheme w4a8 --out tiny-w4a8
     """
-    overrides = _overrides(vision, decoder, head, embeddings, sets or [])
+    overrides = _overrides(vision, decoder, head, embeddings, kv_cache, sets or [])
     chosen = make_recipe(scheme, recipe, overrides)  # wrong values are told before torch loads
     from mqc import api
 
@@ -95,6 +100,7 @@ def _overrides(
     decoder: str | None,
     head: int | None,
     embeddings: bool | None,
+    kv_cache: str | None,
     sets: list[str],
 ) -> list[str | dict[str, Any]]:
     """The flags as recipe-like mappings, ``--set`` last."""
@@ -107,6 +113,8 @@ def _overrides(
         result.append({"decoder": {"head": {"bits": head}}})
     if embeddings is not None:
         result.append({"quantize_embeddings": embeddings})
+    if kv_cache is not None:
+        result.append({"kv_cache": kv_cache})
     return [*result, *sets]
 
 

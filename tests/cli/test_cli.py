@@ -64,6 +64,7 @@ def test_every_command_has_help_with_an_example_and_json(name: str) -> None:
         (["compile"], "Missing argument"),
         (["compile", "tiny-qwen2-vl", "--no-such-option"], "No such option"),
         (["frobnicate"], "No such command"),
+        (["compile", "tiny-llava", "--kv-cache", "int4"], "choose one of float, int8"),
     ],
 )
 def test_wrong_usage_is_exit_2_and_names_the_cause(args: list[str], message: str) -> None:
