@@ -20,7 +20,8 @@ class DecodeStep:
 
     The recorded step starts from token ids, and ends with the next ones: it appends a row to the
     cache, moves ``past`` and the positions on and opens the mask's next column, all on the device,
-    so that replays may follow each other without the host.
+    so that replays may follow each other without the host (but for masks of windows, whose columns
+    also close: those start anew).
 
     Args:
         decoder, embed: executors.
@@ -50,7 +51,8 @@ class DecodeStep:
         self.positions = torch.zeros(*axes, batch, 1, **integers)
         # Warm-up writes the last row of the cache, which no sequence has reached.
         self.past = torch.full((1,), slot.capacity - 1, **integers)
-        self.mask = torch.ones(batch, 1, 1, slot.capacity, dtype=torch.bool, device=device)
+        planes = int(decoder.component.input("mask").type.shape[1])
+        self.mask = torch.ones(batch, planes, 1, slot.capacity, dtype=torch.bool, device=device)
         self._constants = self._constant_inputs(decoder.component.inputs)
         with torch.inference_mode():
             self._known = decoder.constants(self._constants, Call(self.arena))
@@ -93,7 +95,7 @@ class DecodeStep:
             return tokens, logits
 
     def start(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: int) -> None:
-        """Set the inputs: tokens int64 [B], positions [.., B, 1], mask bool [B, 1, 1, past + 1].
+        """Set the inputs: tokens int64 [B], positions [.., B, 1], mask bool [B, M, 1, past + 1].
 
         Rows of the bucket beyond B repeat nothing: they attend their own token alone.
         """
@@ -101,7 +103,7 @@ class DecodeStep:
         self.ids[:batch, 0].copy_(tokens)
         self.positions[..., :batch, :].copy_(positions)
         self.past.fill_(past)
-        columns = torch.zeros(self.slot.batch, 1, 1, self.slot.capacity, dtype=torch.bool)
+        columns = torch.zeros(self.mask.shape, dtype=torch.bool)
         columns[:batch, ..., : past + 1] = mask
         columns[:, ..., past] = True
         self.mask.copy_(columns)

@@ -62,7 +62,7 @@ class CudaEngine:
         self._executors = {part.name: Executor(part, params, kernels) for part in program}
         self._arenas: dict[str, Arena] = {}
         decoder = program.components["decoder"]
-        self._caches = [port for port in decoder.inputs if is_cache(port) and port.type.rank == 4]
+        self._caches = [port for port in decoder.inputs if is_cache(port)]
         self._buffers = is_buffer(program.facts)
         if kv_cache not in ("float", "int8"):
             raise UsageError(f"unknown kind of KV cache {kv_cache!r}", hint="use float or int8")
@@ -88,6 +88,7 @@ class CudaEngine:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
         return self._run("embed", self._placed("embed", {"input_ids": ids}), {})[0]
 
+    @torch.inference_mode()
     def empty_cache(self, batch: int) -> Cache:
         """No rows: buffers are lent by the first call."""
         if self._buffers:
@@ -102,6 +103,7 @@ class CudaEngine:
             for port in self._caches
         ]
 
+    @torch.inference_mode()  # buffers outlive calls: whoever calls, they are written in one mode
     def decoder(
         self,
         inputs_embeds: Tensor,
@@ -142,6 +144,7 @@ class CudaEngine:
         tokens = inputs["inputs_embeds"].shape[1]
         return self._run("decoder", inputs, {"end": past + tokens, "causal": causal})[0]
 
+    @torch.inference_mode()
     def greedy_step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
@@ -150,7 +153,7 @@ class CudaEngine:
         Args:
             tokens: int64 [B], the last ones.
             positions: int64 [B, 1] or [3, B, 1].
-            mask: bool [B, 1, 1, past + 1].
+            mask: bool [B, M, 1, past + 1], M as the decoder's port has it.
             cache: as :meth:`decoder` takes it.
 
         Returns:
@@ -169,6 +172,7 @@ class CudaEngine:
         """Whether :meth:`greedy_step` can be used: it needs buffered caches."""
         return self._buffers
 
+    @torch.inference_mode()
     def decode_step(self, sequences: Sequences, axes: tuple[int, ...]) -> DecodeStep:
         """The recorded step of the sequences' slot."""
         slot = sequences.lease.slot
