@@ -150,3 +150,23 @@ def test_instructions(machine_code: dict[tuple[str, str], str]) -> None:
         ):
             assert "HMMA.16816.F32" in text, function
         assert "LDL" not in text and "STL" not in text, f"{function} uses local memory"
+
+
+@pytest.mark.slow
+def test_warpgroups_keep_within_the_registers_they_asked_for(
+    machine_code: dict[tuple[str, str], str],
+) -> None:
+    """A register past setmaxnreg's number is undefined, and claims beyond what the block was given
+    at its start (168 a thread) wait for ever."""
+    checked = 0
+    for (architecture, function), text in machine_code.items():
+        if "linear_wgmma_kernel" not in function or architecture != "90a":
+            continue
+        consumers, producers = text.split("USETMAXREG.DEALLOC", 1)  # their code comes last
+        claimed = int(re.findall(r"TRY_ALLOC\.\w+ \w+, (0x\w+)", consumers)[0], 16)
+        released = int(re.findall(r"^\.\w+ (0x\w+)", producers)[0], 16)
+        assert 128 * (2 * claimed + released) <= 384 * 168
+        for part, limit in ((consumers, claimed), (producers, released)):
+            assert max(int(n) for n in re.findall(r"\bR(\d+)\b", part)) < limit, function
+        checked += 1
+    assert checked >= 2
