@@ -1,6 +1,9 @@
 // Register tiles, transposition and rotary embedding of attention.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 
 #include "attention_layout.h"
@@ -95,14 +98,27 @@ inline void rotate(const mqc_attention* a, const float* x, int64_t row, float sc
     for (int64_t i = n; i < a->dim; i++) to[i] = from[i] * scale;
 }
 
+// kLanes bytes as integers; compilers make this conversion lane by lane.
+inline vi bytes_at(const int8_t* from) {
+#if MQC_LANES == 16
+    const __m128i line = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return reinterpret_cast<vi>(_mm512_maskz_cvtepi8_epi32(0xffff, line));
+#elif MQC_LANES == 8
+    return reinterpret_cast<vi>(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    vb line;
+    memcpy(&line, from, sizeof line);
+    return __builtin_convertvector(line, vi);
+#endif
+}
+
 // Rows of int8, each times its scale.
 inline void widen(const int8_t* from, const float* scale, int64_t rows, int64_t size, float* to) {
     for (int64_t r = 0; r < rows; r++, from += size, to += size) {
         int64_t i = 0;
-        for (vb line; i + kLanes <= size; i += kLanes) {
-            memcpy(&line, from + i, sizeof line);
-            store(to + i, __builtin_convertvector(line, vf) * scale[r]);
-        }
+        for (; i + kLanes <= size; i += kLanes)
+            store(to + i, __builtin_convertvector(bytes_at(from + i), vf) * scale[r]);
         for (; i < size; i++) to[i] = static_cast<float>(from[i]) * scale[r];
     }
 }
