@@ -31,6 +31,7 @@ class DecodeStep:
         record: makes the replay.
     """
 
+    @torch.inference_mode(False)  # its inputs are written in any mode
     def __init__(
         self,
         decoder: Executor,

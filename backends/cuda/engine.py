@@ -88,7 +88,6 @@ class CudaEngine:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
         return self._run("embed", self._placed("embed", {"input_ids": ids}), {})[0]
 
-    @torch.inference_mode()
     def empty_cache(self, batch: int) -> Cache:
         """No rows: buffers are lent by the first call."""
         if self._buffers:
@@ -103,7 +102,6 @@ class CudaEngine:
             for port in self._caches
         ]
 
-    @torch.inference_mode()  # buffers outlive calls: whoever calls, they are written in one mode
     def decoder(
         self,
         inputs_embeds: Tensor,
@@ -144,7 +142,6 @@ class CudaEngine:
         tokens = inputs["inputs_embeds"].shape[1]
         return self._run("decoder", inputs, {"end": past + tokens, "causal": causal})[0]
 
-    @torch.inference_mode()
     def greedy_step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
@@ -172,7 +169,6 @@ class CudaEngine:
         """Whether :meth:`greedy_step` can be used: it needs buffered caches."""
         return self._buffers
 
-    @torch.inference_mode()
     def decode_step(self, sequences: Sequences, axes: tuple[int, ...]) -> DecodeStep:
         """The recorded step of the sequences' slot."""
         slot = sequences.lease.slot

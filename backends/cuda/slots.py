@@ -85,6 +85,7 @@ class SlotPool:
         self._limit = limit
         self._idle: list[Slot] = []
 
+    @torch.inference_mode(False)  # buffers outlive calls, and are written in any mode
     def lend(self, batch: int, rows: int) -> Lease:
         """A slot for at least ``rows`` rows of ``batch`` sequences."""
         size, capacity = bucket(batch), next_capacity(rows, self._capacity, self._limit)
