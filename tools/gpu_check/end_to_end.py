@@ -128,6 +128,7 @@ def prefill_inputs(engine: CudaEngine, tokens: int) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def _prefill_ours(bench: Bench) -> tuple[dict[int, float], Any]:
     """Seconds by length, and the model's sizes; the engine's memory is free afterwards."""
     engine, sizes = bench.engine(capacity=max(bench.plan.prompts))
@@ -169,6 +170,7 @@ def prefill(bench: Bench) -> None:
         bench.recorder.add(name=f"prefill {tokens} speedup", unit="x", value=theirs / seconds)
 
 
+@torch.inference_mode()
 def _decode_ours(bench: Bench, engine: CudaEngine, batch: int, name: str) -> float | None:
     """Seconds a step, replays following each other on the device."""
     if not bench.recorder.start(name):
@@ -256,6 +258,7 @@ def decode(bench: Bench) -> None:
         del caches
 
 
+@torch.inference_mode()
 def _vision_ours(bench: Bench, pixels: Tensor) -> tuple[float, Any]:
     engine, sizes = bench.engine()
     height, width = bench.plan.patches
