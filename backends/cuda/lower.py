@@ -138,7 +138,8 @@ def _layout(name: str, bits: int, scale: TensorType, k: int) -> Layout:
     raise TargetError(
         f"{name} has {bits}-bit weights with a scale for every {group} inputs; the CUDA kernels "
         "take groups of 4-bit weights, in multiples of 32 inputs",
-        hint="use group_size 32, 64 or 128 with 4 bits, none with 8, or compile for --target onnx",
+        hint="set group_size to 32, 64 or 128 where weights have 4 bits (as in "
+        "decoder.weights.group_size=128) and to null elsewhere, or compile for --target onnx",
     )
 
 
