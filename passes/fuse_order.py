@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -87,12 +88,13 @@ def _places(modality: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     for where in modality.users:
         if where.target is not aten.where.self or where.args[0] is not modality:
             continue
-        first, second = where.args[1:3]
-        visual = first.args[0] if _is(first, aten.cumsum.default) else None
+        first: Any = where.args[1]
+        second: Any = where.args[2]
+        visual: Any = first.args[0] if _is(first, aten.cumsum.default) else None
         if visual is None or not _is(visual, aten.to.dtype) or visual.args[0] is not modality:
             continue
-        offset = second.args[1] if _is(second, aten.add.Tensor) else None
-        count = offset.args[0] if _is(offset, aten.unsqueeze.default) else None
+        offset: Any = second.args[1] if _is(second, aten.add.Tensor) else None
+        count: Any = offset.args[0] if _is(offset, aten.unsqueeze.default) else None
         if not _is(count, aten.sum.dim_IntList) or count.args[0] is not visual:
             continue
         for user in where.users:
@@ -117,7 +119,7 @@ def _gathered(value: fx.Node, axis: int | None, order: fx.Node | None) -> fx.Nod
     gathers = [user for user in readers if _is(user, aten.gather.default)]
     if len(readers) != 1 or len(gathers) != 1 or gathers[0].args[1] != axis:
         return None
-    index = gathers[0].args[2]
+    index: Any = gathers[0].args[2]
     while _is(index, aten.expand.default) or _is(index, aten.reshape.default):
         index = index.args[0]
     return gathers[0] if order is None or index is order else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from mqc.backends.onnx.library import (
     LAYOUT,
     LAYOUT_FACT,
+    MODEL_ENTRY,
     PROVIDERS,
     THREADS_ENTRY,
     attention_in_place,
@@ -36,6 +37,8 @@ except ImportError as error:
     raise TargetError("onnxruntime is not installed", hint="pip install mqc[cpu]") from error
 
 _HOST_INPUTS = ("inputs_embeds", "position_ids", "mask", "logit_index", "modality")
+_LONGEST_ENTRY = 1024
+"""Characters that the value of a session entry may have: onnxruntime takes some more."""
 _PROVIDERS = dict(zip(PROVIDERS, ("CPUExecutionProvider", "CUDAExecutionProvider"), strict=True))
 CHUNK = 2048  # half of it costs 4 % of the time (2B shape), a quarter 30 %
 _DTYPES = {
@@ -151,6 +154,7 @@ class OnnxEngine:
             cache = Buffers(self._with_room(rows, mask) for rows in cache)
         one = mask.shape[2] == logit_index.shape[1] == 1
         if one and self._in_place and self._device == "cpu":
+            assert isinstance(cache, Buffers)
             return self._step(given, past_of(mask), cache), cache
         given["past"] = torch.tensor([past_of(mask)])
         binding = session.io_binding()
@@ -222,7 +226,9 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    _register_library(options, provider)
+    _register_library(options, provider, path)
+    if provider == "cpu":
+        _share_memory(options)
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
@@ -244,6 +250,29 @@ def _not_started(provider: str) -> TargetError:
         hint="check the GPU's driver (nvidia-smi), and that CUDA and cuDNN of the versions that "
         "onnxruntime-gpu was built for are installed",
     )
+
+
+def _share_memory(options: ort.SessionOptions) -> None:
+    """One arena for the activations of all sessions, which grows by what is asked for and no more.
+
+    By itself every session keeps an arena of its own that grows in powers of two, and plans for
+    each shape of its inputs one block that holds all activations at once.
+    """
+    options.enable_mem_pattern = False
+    _shared_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+@cache
+def _shared_arena() -> None:
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    by_request = {"arena_extend_strategy": 1, "initial_chunk_size_bytes": -1}
+    config = {"max_mem": 0, "max_dead_bytes_per_chunk": -1, **by_request}
+    # An application that has registered one of its own keeps it.
+    with contextlib.suppress(RuntimeError):
+        ort.create_and_register_allocator(memory, ort.OrtArenaCfg(config))
 
 
 def _trim_heap() -> None:
@@ -269,11 +298,13 @@ def _require_layout(folder: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _register_library(options: ort.SessionOptions, provider: str) -> None:
+def _register_library(options: ort.SessionOptions, provider: str, path: Path) -> None:
     library = ops_library(provider)
     if library is None:
         return
     options.add_session_config_entry(THREADS_ENTRY, str(options.intra_op_num_threads))
+    if len(str(path)) < _LONGEST_ENTRY:
+        options.add_session_config_entry(MODEL_ENTRY, str(path))
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:

@@ -41,16 +41,19 @@ class Model:
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime as ort
 
-        from mqc.backends.onnx.library import THREADS_ENTRY, onnx_ops_library
+        from mqc.backends.onnx.library import MODEL_ENTRY, THREADS_ENTRY, onnx_ops_library
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry(THREADS_ENTRY, str(threads))
-        options.register_custom_ops_library(onnx_ops_library())
-        self._session = lambda name: ort.InferenceSession(
-            str(folder / name), options, providers=["CPUExecutionProvider"]
-        )
+        def session(name: str) -> ort.InferenceSession:
+            path, options = str(folder / name), ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
+            options.enable_mem_pattern = False
+            options.add_session_config_entry(THREADS_ENTRY, str(threads))
+            options.add_session_config_entry(MODEL_ENTRY, path)
+            options.register_custom_ops_library(onnx_ops_library())
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        self._session = session
         self.embed, self.decoder = map(self._session, ("embed.onnx", "decoder.onnx"))
         shape = (1, models.KV_HEADS, self.ROWS, models.HEAD_DIM)
         self.cache = {
