@@ -224,7 +224,7 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
         t.y = c.y + row * c.shape.n + column;
         const int64_t lines = t.rows * p.isa->blocks * (t.residual ? 2 : 1) + part / kLine;
         t.ask_every = steps > lines ? steps / lines : 1;
-        t.ask_lines = steps > lines ? 1 : (lines + steps - 1) / steps;
+        t.ask_lines = steps > lines ? 1 : (lines + steps / 2) / steps;  // not all of them too early
         if (channels < p.isa->blocks * kBlock)
             edge_tile(job, form, t, channels, reinterpret_cast<float*>(scratch + p.panel_bytes));
         else
