@@ -27,7 +27,7 @@ def reference(positions: Tensor, freq: Tensor, axes: Tensor | None) -> tuple[Ten
         (cos, sin), each [B, S, R] in freq's dtype.
     """
     columns = positions[..., None] if axes is None else positions[axes].permute(1, 2, 0)
-    angle = columns.to(freq.dtype) * freq
+    angle = columns.to(freq.dtype).contiguous() * freq
     return angle.cos(), angle.sin()
 
 

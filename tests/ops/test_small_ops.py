@@ -79,7 +79,7 @@ def calls() -> dict[str, tuple[object, ...]]:
     q = torch.randint(-8, 8, (5, 8), dtype=torch.int8)
     x, scale, one = torch.randn(1, 3, 8), torch.rand(5), torch.ones(1)
     terms = (torch.randn(5), torch.randn(1, 3, 1), torch.randn(5, 1))
-    mask = torch.tensor([[True, False, True]])
+    mask, order = torch.tensor([[True, False, True]]), torch.tensor([[0, 2, 1]])
     return {
         "hadamard": (x, 8),
         "quantize_static": (x, torch.ones(2), mask, True),
@@ -111,6 +111,12 @@ def calls() -> dict[str, tuple[object, ...]]:
             *(-torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.randn(1, 2, 4, 5)),
         ),
         "embedding_w8": (torch.tensor([[0, 4]]), q, scale),
+        "token_order": (mask,),
+        "take_tokens": (torch.randn(2, 1, 3, 4), order, 2),
+        "take_keys": (torch.ones(1, 2, 3, 7, dtype=torch.bool), order, torch.tensor([4])),
+        "rotary_angles": (
+            *(torch.arange(9).reshape(3, 1, 3), torch.rand(4), torch.tensor([0, 1, 1, 2])),
+        ),
     }
 
 
