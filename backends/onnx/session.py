@@ -62,6 +62,7 @@ class OnnxEngine:
         facts: the program's facts, from the artifact's manifest.
         threads: threads of each session; None takes torch's number (``OMP_NUM_THREADS``).
         provider: "cpu" or "cuda".
+        profile: folder for onnxruntime's traces, a JSON file a session, written when it ends.
 
     Raises:
         ArtifactError: a file is missing or damaged, or weights are in a layout that this version
@@ -76,15 +77,17 @@ class OnnxEngine:
         *,
         threads: int | None = None,
         provider: str = "cpu",
+        profile: Path | None = None,
     ) -> None:
         self._facts = facts
         _require_layout(folder, facts)
         self._device = provider
-        self._open = partial(open_session, provider=provider, threads=threads)
+        self._open = partial(open_session, provider=provider, threads=threads, profile=profile)
         self._paths = {name: folder / f"{name}.onnx" for name in ("vision", "embed", "decoder")}
         for path in self._paths.values():
             _require(path)
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        """The components' sessions that were opened."""
         self._inputs: dict[str, list[Any]] = {}
         decoder = self.session("decoder")
         given = (*_HOST_INPUTS, "past", *facts.get("deepstack", ()))
@@ -109,10 +112,10 @@ class OnnxEngine:
     def session(self, name: str) -> ort.InferenceSession:
         """The session of a component, opened when first asked for: without images the tower's
         weights take no memory."""
-        if name not in self._sessions:
-            self._sessions[name] = self._open(self._paths[name])
-            self._inputs[name] = list(self._sessions[name].get_inputs())
-        return self._sessions[name]
+        if name not in self.sessions:
+            self.sessions[name] = self._open(self._paths[name])
+            self._inputs[name] = list(self.sessions[name].get_inputs())
+        return self.sessions[name]
 
     def vision(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
@@ -212,9 +215,11 @@ class OnnxEngine:
 
 
 def open_session(
-    path: Path, provider: str = "cpu", threads: int | None = None
+    path: Path, provider: str = "cpu", threads: int | None = None, profile: Path | None = None
 ) -> ort.InferenceSession:
     """A session of one file, with the operator library of the provider where there is one.
+
+    ``profile``: see :class:`OnnxEngine`.
 
     Raises:
         ArtifactError: the file is missing, damaged, or asks for an operator that is not there.
@@ -226,6 +231,10 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile / path.stem)
     _register_library(options, provider, path)
     if provider == "cpu":
         _share_memory(options)

@@ -88,6 +88,7 @@ class OnnxTarget:
         path: Path,
         *,
         provider: str | None = None,
+        profile: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Runnable:
         """Open an artifact that :meth:`emit` wrote.
@@ -95,6 +96,8 @@ class OnnxTarget:
         Args:
             path: its folder.
             provider: "cpu" or "cuda" (onnxruntime-gpu and a GPU); the target's where None.
+            profile: folder for onnxruntime's traces of every node, written when sessions end;
+                tools/profile_onnx.py sums them up.
             trust_remote_code: run the code that the checkpoint brought.
 
         Raises:
@@ -105,12 +108,14 @@ class OnnxTarget:
                 f"artifact {path} needs onnxruntime, which is not installed",
                 hint="pip install mqc[cpu]",
             )
-        used = provider or self.provider
+        used, traces = provider or self.provider, None if profile is None else Path(profile)
 
         def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
             from mqc.backends.onnx.session import OnnxEngine
 
-            return OnnxEngine(folder, manifest["facts"], threads=self.threads, provider=used)
+            return OnnxEngine(
+                folder, manifest["facts"], threads=self.threads, provider=used, profile=traces
+            )
 
         return load_runnable(path, engine, trust_remote_code=trust_remote_code)
 
