@@ -119,7 +119,8 @@ def machine_code(library: Path) -> dict[tuple[str, str], str]:
     architecture = function = ""
     for part in re.split(r"(?=\n\tcode for sm_\w+|\n\t\tFunction : )", text):
         if found := re.match(r"\n\tcode for sm_(\w+)", part):
-            architecture = found[1]
+            # cuobjdump may leave the "a" out; nothing is built for plain sm_90.
+            architecture = found[1].removesuffix("a") + "a" * found[1].startswith("90")
         elif found := re.match(r"\n\t\tFunction : (\S+)", part):
             function = found[1]
             code[architecture, function] = part
