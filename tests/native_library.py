@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 
+from mqc.backends.onnx.kernels import Kernels
 from mqc.backends.onnx.library import THREADS_ENTRY, build_hint, ops_library
 
 LIBRARY = ops_library()
@@ -19,6 +21,24 @@ ISAS = ((b"portable", b"generic"), (b"avx2", b"avx2"), (b"avx512vnni", b"avx512"
 
 Array = npt.NDArray[Any]
 i64, f32, void = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def open_kernels() -> Iterator[Kernels]:
+    """The library's C interface, for a fixture; its instruction set is put back at the end."""
+    assert LIBRARY is not None
+    made = Kernels(LIBRARY)
+    before = made.isa
+    yield made
+    made.isa = before
+
+
+def on_isa(kernels: Kernels, isa: str) -> Kernels:
+    """``kernels`` on an instruction set; skips the test where it is not there."""
+    if isa not in kernels.isas():
+        pytest.skip(f"this processor or build has no {isa}")
+    kernels.isa = isa
+    assert kernels.isa == isa
+    return kernels
 
 
 class RowScales(ctypes.Structure):

@@ -29,19 +29,12 @@ GUARD = 256
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Kernels]:
-    assert native.LIBRARY is not None
-    made = Kernels(native.LIBRARY)
-    before = made.isa
-    yield made
-    made.isa = before
+    yield from native.open_kernels()
 
 
 @pytest.fixture(params=ISAS, scope="module")
 def kernels(request: pytest.FixtureRequest, library: Kernels) -> Kernels:
-    if request.param not in library.isas():
-        pytest.skip(f"this processor or build has no {request.param}")
-    library.isa = request.param
-    return library
+    return native.on_isa(library, request.param)
 
 
 def weights(rng: np.random.Generator, n: int, k: int, bits: int) -> Array:
