@@ -53,3 +53,13 @@ fi
 printf 'set-up: installing mqc and its dependencies into %s\n' "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable '.[cpu,dev]'
+
+# CUTLASS's headers, which tests/cuda/cute compares the kernels with. They are of use only beside
+# CUDA's; beside the packages, because what CUTLASS's Python modules need is not wanted.
+headers=$venv/share/nvidia-cutlass
+if { command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; } >/dev/null &&
+    [ ! -d "$headers" ]; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint constraints.txt --no-deps --target "$headers" nvidia-cutlass ||
+        echo "set-up: going on without CUTLASS's headers: tests/cuda/cute will be skipped" >&2
+fi

@@ -38,7 +38,7 @@ MQC_D void barrier_wait(uint32_t barrier, uint32_t parity) {
         "{\n"
         ".reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
+        "selp.b32 %0, 1, 0, p;\n"
         "}"
         : "=r"(done)
         : "r"(barrier), "r"(parity)
