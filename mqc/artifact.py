@@ -206,6 +206,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     file = folder / MANIFEST
+    if folder.is_file():
+        raise ArtifactError(
+            f"{folder} is a file, not an artifact", hint="give the folder that mqc compile wrote"
+        )
     if not folder.is_dir():
         raise ArtifactError(f"artifact {folder} does not exist", hint=_old_hint(folder))
     if not file.is_file():

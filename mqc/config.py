@@ -103,7 +103,9 @@ def component_override(component: str, label: str) -> dict[str, Any]:
     match = _LABEL.fullmatch(label)
     if match is None and label.lower() != "float":
         raise UsageError(
-            f"{component} {label!r} is no bit setting", hint="for example w4a8, w3g64a8, w8a16"
+            f"{component} {label!r} is no bit setting",
+            hint="float, or weights of 8, 4, 3 or 2 bits and activations of 8 or 16: w4a8, "
+            "w3g64a8 (groups of 64), w8a16",
         )
     static = match is not None and match["activations"] == "8"
     group = match["group"] if match else None
@@ -194,7 +196,11 @@ def make_recipe(
         raise UsageError(
             "recipe key 'passes' must be a list of texts", hint="passes: [my_pkg.my_mod:MyPass]"
         )
-    start = scheme if isinstance(scheme, Scheme) else named_scheme(str(scheme or base))
+    start = (
+        scheme
+        if isinstance(scheme, Scheme)
+        else named_scheme(str(base if scheme is None else scheme))
+    )
     changes: dict[str, Any] = {}
     if target is not None and not isinstance(scheme, Scheme):
         _merge(changes, _target_defaults(target, start))

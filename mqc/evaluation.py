@@ -8,7 +8,7 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from mqc.calib.dataset import Dataset, load_dataset, refuse_overlap
+from mqc.calib.dataset import Dataset, Row, load_dataset, refuse_overlap
 from mqc.errors import UsageError
 from mqc.host import AnswerScore, EvalItem, EvalReport, Runnable, score
 from mqc.host import evaluate as evaluate_engine
@@ -71,6 +71,7 @@ def evaluate(
     other = None
     if against is not None:
         other = open_model(against, trust_remote_code=trust_remote_code)
+        _same_prompts(runnable, other, str(against))
     rows = _evaluation_rows(runnable, data, n)
     for model in (runnable, other):
         if model is not None:
@@ -78,10 +79,10 @@ def evaluate(
     missing = next((index for index, row in enumerate(rows) if row.answer is None), None)
     if missing is not None:
         raise UsageError(
-            f"row {missing} of {rows.source} has no answer to score",
+            f"{rows[missing].where or f'row {missing}'} has no answer to score",
             hint='give rows as {"messages": [...], "answer": "..."}',
         )
-    items: Iterator[EvalItem] = (runnable.eval_item(row.loaded(), str(row.answer)) for row in rows)
+    items: Iterator[EvalItem] = (_item(runnable, row) for row in rows)
     done = 0
 
     def progress(count: int) -> None:
@@ -100,6 +101,23 @@ def evaluate(
     return Evaluation(
         len(rows), rows.source, compiled, baseline.report() if baseline is not None else None
     )
+
+
+def _item(runnable: Runnable, row: Row) -> EvalItem:
+    with row.named():
+        return runnable.eval_item(row.loaded(), str(row.answer))
+
+
+def _same_prompts(one: Runnable, other: Runnable, name: str) -> None:
+    """Raise :class:`UsageError` unless both read the same prompts and write the same tokens."""
+    for fact, what in (("adapter", "model type"), ("vocab_size", "vocabulary size")):
+        here, there = one.engine.facts.get(fact), other.engine.facts.get(fact)
+        if here != there:
+            raise UsageError(
+                f"{name} has {what} {there!r}, and the artifact {here!r}: answers of different "
+                "models have no divergence",
+                hint="compare with the model that the artifact was compiled from",
+            )
 
 
 class _Counted:

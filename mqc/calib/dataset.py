@@ -17,7 +17,8 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -33,15 +34,30 @@ GENERATED = "tiny-vqa"
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation, its right answer where known, and where relative image paths start."""
+    """One conversation, its right answer where known, and where relative image paths start.
+
+    ``where`` names the row in errors: ``"line 3 of rows.jsonl"``.
+    """
 
     messages: list[dict[str, Any]]
     answer: str | None = None
     base: Path | None = None
+    where: str = field(default="", compare=False)
 
     def loaded(self) -> list[dict[str, Any]]:
         """The messages with every picture (PIL, RGB) and video opened."""
-        return [{**message, "content": self._open(message["content"])} for message in self.messages]
+        with self.named():
+            return [{**item, "content": self._open(item["content"])} for item in self.messages]
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors from inside name this row too."""
+        try:
+            yield
+        except MqcError as error:
+            if self.where and self.where not in getattr(error, "__notes__", ()):
+                error.add_note(self.where)
+            raise
 
     def _open(self, content: Any) -> Any:
         if isinstance(content, str):
@@ -58,7 +74,8 @@ class Row:
     @cached_property
     def sha256(self) -> str:
         """The row's hash, hexadecimal."""
-        return row_hash(self.messages, self.base)
+        with self.named():
+            return row_hash(self.messages, self.base)
 
 
 class Dataset(Sequence[Row]):
@@ -211,15 +228,19 @@ def _from_folder(folder: Path, prompt: str) -> list[Row]:
         question = path.with_suffix(".txt")
         text = question.read_text(encoding="utf-8").strip() if question.is_file() else prompt
         parts = [{"type": "image", "image": path.name}, {"type": "text", "text": text}]
-        rows.append(Row([{"role": "user", "content": parts}], None, folder))
+        row = Row([{"role": "user", "content": parts}], None, folder, f"in {folder.name}")
+        rows.append(row)
     return rows
 
 
 def _from_jsonl(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
+        raise CalibrationError(
+            f"{path} cannot be read: {error}",
+            hint="give a JSONL text file in UTF-8, or a folder of pictures",
+        ) from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -257,7 +278,7 @@ def _row(item: Any, where: str, base: Path | None) -> Row:
         answer = last if answer is None else answer
         if not messages:
             raise CalibrationError(f"{where}: there is an answer and no question")
-    return Row(messages, answer, base)
+    return Row(messages, answer, base, where)
 
 
 def _check(messages: Any) -> None:
@@ -271,7 +292,10 @@ def _check(messages: Any) -> None:
         raise UsageError("its list of messages is empty", hint="give at least one message")
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise UsageError("a message lacks 'role' or 'content'")
+            raise UsageError(
+                "a message lacks 'role' or 'content'",
+                hint='one row a line: {"messages": [{"role": "user", "content": ...}]}',
+            )
         content = message["content"]
         if isinstance(content, str):
             continue

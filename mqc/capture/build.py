@@ -29,7 +29,15 @@ from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
 from mqc.capture.recurrent import use_gated_delta
 from mqc.capture.skeleton import Skeleton, build_skeleton
-from mqc.capture.weights import FolderWeights, ModelWeights, NoWeights, checked
+from mqc.capture.weights import (
+    QUANTIZED_HINT,
+    FolderWeights,
+    ModelWeights,
+    NoWeights,
+    checked,
+    holds_weights,
+    quantized_by,
+)
 from mqc.errors import CaptureError, CheckpointError
 from mqc.ir import Link, ParamStore, Program, TensorType
 
@@ -53,9 +61,11 @@ class Source:
         revision: str | None = None,
         trust_remote_code: bool = False,
         *,
-        weights: bool = True,
+        weights: bool | None = True,
     ) -> None:
         """Locate and check the model; no weights are read, nor looked for without ``weights``.
+
+        ``weights`` None: those that are on this machine; none are downloaded.
 
         Raises :class:`CheckpointError`, or :class:`CaptureError` for a model that cannot be
         represented.
@@ -65,7 +75,7 @@ class Source:
         self.generation: GenerationConfig | None
         if isinstance(model, PreTrainedModel):
             self.config = copy.deepcopy(model.config)
-            self.weights = ModelWeights(model) if weights else NoWeights()
+            self.weights = NoWeights() if weights is False else ModelWeights(model)
             self.generation = getattr(model, "generation_config", None)
             self.facts: dict[str, Any] = {"name": type(model).__name__, "kind": "model"}
             kind = type(model)
@@ -76,9 +86,10 @@ class Source:
                 self.facts = {"name": str(model.model_type), "kind": "config"}
                 self.generation, self.weights = None, NoWeights()
             else:
-                self.folder = checkpoint_folder(model, revision, weights=weights)
+                self.folder = checkpoint_folder(model, revision, weights=weights is True)
                 self.config = load_config(self.folder, trust_remote_code)
-                self.weights = FolderWeights(self.folder) if weights else NoWeights()
+                wanted = holds_weights(self.folder) if weights is None else weights
+                self.weights = FolderWeights(self.folder) if wanted else NoWeights()
                 self.generation = _generation_config(self.folder)
                 self.facts = _provenance(model, self.folder)
             _require_supported(self.config, trust_remote_code)
@@ -251,6 +262,13 @@ def link_weights(source: Source, skeleton: Skeleton, imported: dict[str, Importe
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        method = quantized_by(source.config)
+        if method is not None:
+            raise CheckpointError(
+                f"the checkpoint {source.facts['name']!r} is quantized already, by {method}: it "
+                f"lacks {', '.join(missing[:3])}{more}",
+                hint=QUANTIZED_HINT,
+            )
         raise CheckpointError(
             f"the checkpoint {source.facts['name']!r} lacks {', '.join(missing[:3])}{more}",
             hint="the download is incomplete, or config.json belongs to another model",

@@ -65,8 +65,14 @@ def checkpoint_folder(
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration in ``folder``. Raises :class:`CheckpointError`."""
     if not (folder / "config.json").is_file():
+        artifact = (folder / "manifest.json").is_file()
         raise CheckpointError(
-            f"{folder} has no config.json", hint="give a folder in the Hugging Face layout"
+            f"{folder} is a compiled artifact, not a checkpoint"
+            if artifact
+            else f"{folder} has no config.json",
+            hint="give the model that it was compiled from"
+            if artifact
+            else "give a folder in the Hugging Face layout",
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -79,9 +85,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
                 hint="read its .py files, then allow them with trust_remote_code "
                 "(--trust-remote-code)",
             ) from error
-        reason = str(error).strip().split("\n")[0]
+        # A validator of transformers says in its second line what is wrong.
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
         raise CheckpointError(
-            f"config.json in {folder} cannot be read: {reason}",
+            f"config.json in {folder} cannot be read: {reason or type(error).__name__}",
             hint="the file is damaged, or its model type is unknown to the installed transformers",
         ) from error
     return config

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from mqc.capture.build import Source, component_exporters, link_weights
 from mqc.capture.importer import Imported, import_component
-from mqc.errors import MqcError
+from mqc.capture.weights import NoWeights
+from mqc.errors import CheckpointError, MqcError
 from mqc.ir import TensorType
 from mqc.ir.serialize import target_name
 
@@ -45,13 +46,15 @@ class ProbeReport:
     parameters: int
     components: list[ComponentReport]
     weights: str | None = None
-    """None if every parameter has a value, else what is wrong with the weights."""
+    """What is wrong with the weights; None if nothing is, or if none are here."""
+    weights_here: bool = True
+    """Whether weight files were there to be compared with the configuration."""
     analyses: dict[str, Any] = field(default_factory=dict)
     """Filled by analyses that run on the captured graphs (stream counts and the like)."""
 
     @property
     def captured(self) -> bool:
-        """Whether everything was captured and has weights."""
+        """Whether everything was captured, and the weights, where they are here, fit."""
         return self.weights is None and all(item.captured for item in self.components)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,12 +68,21 @@ def probe(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ProbeReport:
-    """Try to capture every component of a model and report the result; no weights are read.
+    """Try to capture every component of a model and report the result.
+
+    No weights are read, and of a hub id none are downloaded: the headers of files that are on this
+    machine are compared with the configuration.
 
     Raises :class:`~mqc.errors.CheckpointError` only where there is nothing to probe (no
     checkpoint, no configuration, no vision-language model).
     """
-    source = Source(model_or_path, revision, trust_remote_code)
+    weights: str | None = None
+    try:
+        source = Source(model_or_path, revision, trust_remote_code, weights=None)
+    except CheckpointError as error:  # of the weights, or of what is needed in any case
+        source = Source(model_or_path, revision, trust_remote_code, weights=False)
+        weights = error.message
+    weights_here = weights is not None or not isinstance(source.weights, NoWeights)
     skeleton = source.skeleton(dtype)
     tied = skeleton.tied()
     imported: dict[str, Imported] = {}
@@ -83,7 +95,6 @@ def probe(
             reports.append(ComponentReport(name, False, error.message))
     try:
         link_weights(source, skeleton, imported)
-        weights = None
     except MqcError as error:
         weights = error.message
     vision = source.adapter.vision_config
@@ -99,6 +110,7 @@ def probe(
         parameters=sum(p.numel() for p in skeleton.model.parameters()),
         components=reports,
         weights=weights,
+        weights_here=weights_here,
     )
 
 

@@ -23,6 +23,12 @@ from mqc.errors import CheckpointError
 Loader = Callable[[], torch.Tensor]
 
 _CORRUPT_HINT = "download or save the checkpoint again"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTIZED_HINT = (
+    "mqc quantizes by itself: give the checkpoint in bfloat16, float16 or float32 (the original, "
+    "or one that transformers loaded with dequantize=True and saved again)"
+)
 
 
 class FolderWeights:
@@ -38,12 +44,15 @@ class FolderWeights:
         self.files = _weight_files(folder)
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for path in self.files:
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                        part = file.get_slice(key)
                         self.where[key] = path
-                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                        self.shapes[key] = tuple(part.get_shape())
+                        self.dtypes[key] = str(part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{path} is truncated or damaged: {error}", hint=_CORRUPT_HINT
@@ -56,7 +65,7 @@ class FolderWeights:
 
         ``model`` is the skeleton that transformers' conversion table is asked about. Parameters
         that the checkpoint does not hold are left out. Raises :class:`CheckpointError` for a wrong
-        shape (headers tell, nothing is read).
+        shape and for integers or 8-bit floats in place of floats (headers tell, nothing is read).
         """
         keys = _translated(model, self.where)
         result: dict[str, Loader] = {}
@@ -64,6 +73,12 @@ class FolderWeights:
             if name not in keys:
                 continue
             key, swap = keys[name]
+            if dtype.is_floating_point and self.dtypes[key] not in _FLOATS:
+                raise CheckpointError(
+                    f"tensor {key!r} in {self.where[key]} is stored as {self.dtypes[key]}: this "
+                    "checkpoint is quantized already",
+                    hint=QUANTIZED_HINT,
+                )
             stored = self.shapes[key]
             if swap is not None and (not swap.only_if_needed or stored != shape):
                 stored = swap.shape(stored)
@@ -140,6 +155,12 @@ class ModelWeights:
                     f"parameter {name!r} of the model is on the meta device: it has no values",
                     hint="load the model without a meta device, or give its folder",
                 )
+            if dtype.is_floating_point and not _plain_float(value):
+                raise CheckpointError(
+                    f"parameter {name!r} of the model is {value.dtype}: the model is quantized "
+                    "already",
+                    hint=QUANTIZED_HINT,
+                )
             if tuple(value.shape) != shape:
                 raise CheckpointError(
                     f"parameter {name!r} of the model has shape {list(value.shape)}; its "
@@ -158,6 +179,21 @@ class ModelWeights:
         return load
 
 
+def _plain_float(value: torch.Tensor) -> bool:
+    """Whether values are floats of 16 bits or more."""
+    return value.dtype.is_floating_point and value.dtype.itemsize >= 2
+
+
+def quantized_by(config: Any) -> str | None:
+    """How a configuration says that its weights are quantized, e.g. "gptq"; None: it does not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    name = settings.get("quant_method") if isinstance(settings, dict) else None
+    name = name or getattr(settings, "quant_method", None) or "an unnamed method"
+    return str(getattr(name, "value", name))
+
+
 def checked(tensor: torch.Tensor, name: str, where: str) -> torch.Tensor:
     """``tensor``, or :class:`CheckpointError` if it holds NaN or infinity."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -169,8 +205,13 @@ def checked(tensor: torch.Tensor, name: str, where: str) -> torch.Tensor:
     return tensor
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there are weight files in ``folder``, of any form and state."""
+    return any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "pt*"))
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     single = folder / "model.safetensors"
     if index.is_file():
         try:

@@ -122,6 +122,8 @@ def probe_command(
         _print_analyses(report.analyses)
     if report.weights is not None:
         console.print(f"[bold red]weights:[/] {escape(report.weights)}")
+    elif not report.weights_here:
+        console.print("weights: none here, so they were not compared with config.json")
 
 
 def _print_analyses(found: Mapping[str, Any]) -> None:

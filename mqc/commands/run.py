@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mqc.commands import _common as common
+from mqc.errors import UsageError
 
 
 def run_command(
@@ -42,6 +43,8 @@ def run_command(
 
     Example: mqc run tiny-w4a8 --image scene.png --prompt "how many circles ?"
     """
+    if fps is not None and not videos:
+        raise UsageError("--fps is given, and no video", hint="name the video with --video")
     from mqc import api
     from mqc.host import Sampling
 

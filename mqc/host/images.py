@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,23 @@ ImageLike = str | Path | Image.Image | np.ndarray
 def open_image(source: Any, base: Path | None = None) -> Image.Image:
     """An RGB picture from a path, a PIL image, encoded bytes or a uint8 array [h, w(, 3)].
 
-    Relative paths are taken from ``base``. Orientation tags are applied, transparency is dropped.
-    Raises :class:`UsageError` for anything that is not a readable picture.
+    Relative paths are taken from ``base``. Orientation tags are applied, transparency is dropped,
+    16-bit greys become 8-bit ones. Raises :class:`UsageError` for anything that is not a readable
+    picture.
     """
     name = _name(source)
     try:
-        image = _open(source, base)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings():  # Pillow's own limit is an error, at twice the size
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _open(source, base)
+            return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
     except UsageError:
         raise
     except FileNotFoundError as error:
-        raise UsageError(f"image {name} does not exist", hint="check the path") from error
+        raise UsageError(
+            f"image {name} does not exist",
+            hint="check the path" if base is None else f"relative paths start at {base}",
+        ) from error
     except UnidentifiedImageError as error:
         raise UsageError(
             f"image {name} is not in a format that Pillow reads", hint="give a PNG or JPEG file"
@@ -36,6 +43,19 @@ def open_image(source: Any, base: Path | None = None) -> Image.Image:
         raise UsageError(
             f"image {name} cannot be read: {error}", hint="check that the file is complete"
         ) from error
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Greys of 16 bits scaled to 8; Pillow's ``convert`` would make all above 255 white."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise UsageError(
+            f"image {name} holds floats or 32-bit values, of no range that is known",
+            hint="scale them to 0..255 and save the picture with 8 bits a channel",
+        )
+    return Image.fromarray((values.astype(np.float32) / 257 + 0.5).astype(np.uint8))
 
 
 def _open(source: Any, base: Path | None) -> Image.Image:

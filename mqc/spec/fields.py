@@ -18,7 +18,8 @@ T = TypeVar("T")
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known name most like ``name``, or all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    folded = {item.lower(): item for item in names}
+    close = [folded[item] for item in difflib.get_close_matches(name.lower(), folded, n=1)]
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 

@@ -180,6 +180,16 @@ def test_empty_places(tmp_path: Path) -> None:
 
 def test_missing_picture_is_named_when_read(tmp_path: Path) -> None:
     chat = messages_from("a", ["gone.png"])
-    data = load_dataset(jsonl(tmp_path / "rows.jsonl", {"messages": chat}))
-    with pytest.raises(UsageError, match=r"gone\.png"):
-        data.provenance()
+    rows = {"messages": messages_from("a")}, {"messages": chat}
+    data = load_dataset(jsonl(tmp_path / "rows.jsonl", *rows))
+    for read in (data.provenance, data[1].loaded):
+        with pytest.raises(UsageError, match=r"gone\.png") as info:
+            read()
+        assert info.value.__notes__ == ["line 2 of rows.jsonl"]
+        assert str(tmp_path) in str(info.value.hint)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": messages_from("a")})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_dataset(path)) == 1

@@ -173,6 +173,35 @@ def test_not_finite(folder: Path, value: float) -> None:
         _ = params["model.language_model.embed_tokens.weight"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
+def test_quantized_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Numbers of a quantized checkpoint mean nothing without its scales: never cast them."""
+    key = key_of(folder, "0.self_attn.q_proj.weight")
+    edit(folder, lambda t: t.update({key: t[key].to(dtype)}))
+    error = refused(folder, r"q_proj\.weight.* is stored as .*quantized already")
+    assert "dequantize" in str(error.hint)
+
+
+def test_quantized_checkpoint_under_other_names(folder: Path) -> None:
+    """Packed weights have names of their own: the configuration says why others are missing."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    assert set(read_all(folder)), "a note in config.json alone is no reason to refuse"
+    key = key_of(folder, "embed_tokens.weight")
+    edit(folder, lambda t: t.update({key.replace("weight", "qweight"): t.pop(key).int()}))
+    with pytest.raises(CheckpointError, match=r"quantized already, by gptq: it lacks") as info:
+        link_embedding(folder)
+    assert info.value.hint
+
+
+def test_quantized_model_in_memory() -> None:
+    model, _ = build_family("llava")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*float8_e4m3fn.*quantized"):
+        capture(model)
+
+
 def test_pickled_weights(folder: Path) -> None:
     (folder / SHARD).rename(folder / "pytorch_model.bin")
     error = refused(folder, "only pickled weights")
@@ -192,11 +221,18 @@ def test_damaged_index(folder: Path) -> None:
 def test_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, "no config.json")
+    (folder / "manifest.json").touch()
+    refused(folder, "is a compiled artifact")
 
 
 def test_damaged_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{ not json")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text("{ not json")
     refused(folder, "config.json in .* cannot be read")
+    config["text_config"]["hidden_size"] = "big"
+    path.write_text(json.dumps(config))
+    refused(folder, "hidden_size.*'big'")  # transformers says so in its second line
 
 
 @pytest.mark.parametrize("model_type", ["bert", "no-such-model"])

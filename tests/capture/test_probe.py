@@ -55,6 +55,32 @@ def test_incomplete_weights(tmp_path: Path) -> None:
     assert "lm_head.weight" in str(report.weights)
 
 
+def test_damaged_weights_are_reported(tmp_path: Path) -> None:
+    build_family("internvl")[0].save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    report = probe(tmp_path)
+    assert all(item.captured for item in report.components) and not report.captured
+    assert "truncated or damaged" in str(report.weights)
+    path.unlink()
+    report = probe(tmp_path)
+    assert report.captured and report.weights is None and not report.weights_here
+
+
+def test_probe_downloads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_family("internvl")[0].save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    asked: list[list[str]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("mqc.capture.locate.snapshot_download", download)
+    assert probe("owner/name").captured
+    assert asked and all("*.safetensors" not in patterns for patterns in asked)
+
+
 def test_a_language_model_that_does_not_fit_is_reported() -> None:
     """What was captured is in the report all the same, and the reason for the rest."""
     model, _ = build_family("llava")
