@@ -28,6 +28,7 @@ class Instruction:
     form: str
     leaves: tuple[Leaf, ...]
     statement: int  # number of the asm statement in its text
+    function: str  # that it stands in
     volatile: bool
 
     @property
@@ -37,6 +38,7 @@ class Instruction:
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _ASM = re.compile(r"\basm\s*(?P<volatile>volatile)?\s*\(")
+_FUNCTION = re.compile(r"\b(?!(?:if|for|while|switch)\b)(\w+)\s*\([^;{}]*\)\s*(?:const\s*)?\{")
 _OPERAND = re.compile(r'^\s*"(?P<mode>[=+&]*)(?P<kind>\w)"\s*\((?P<bound>.*)\)\s*$', re.DOTALL)
 
 
@@ -97,7 +99,7 @@ def _leaf(operands: list[tuple[str, str, str]], text: str) -> Leaf:
 
 
 def _instruction(
-    text: str, operands: list[tuple[str, str, str]], statement: int, volatile: bool
+    text: str, operands: list[tuple[str, str, str]], place: tuple[int, str, bool]
 ) -> Instruction:
     mnemonic, _, rest = text.strip().partition(" ")
     leaves: list[Leaf] = []
@@ -107,10 +109,10 @@ def _instruction(
         return leaves[-1].kind
 
     form = re.sub(r"%\d+|!?\b[A-Za-z]\w*|-?\b\d\w*", replace, rest.replace(" ", ""))
-    return Instruction(f"{mnemonic} {form}".strip(), tuple(leaves), statement, volatile)
+    return Instruction(f"{mnemonic} {form}".strip(), tuple(leaves), *place)
 
 
-def _statement(body: str, number: int, volatile: bool) -> Iterator[Instruction]:
+def _statement(body: str, place: tuple[int, str, bool]) -> Iterator[Instruction]:
     sections = _split(body, ":")
     literals = [token for token in _TOKEN.findall(sections[0]) if token.startswith('"')]
     template = "".join(ast.literal_eval(literal) for literal in literals)
@@ -130,14 +132,19 @@ def _statement(body: str, number: int, volatile: bool) -> Iterator[Instruction]:
         if text and not text.startswith(".") and not text.startswith("bra"):
             used = [int(n) for n in re.findall(r"%(\d+)", text)]
             if all(n < len(operands) for n in used):
-                yield _instruction(text, operands, number, volatile)
+                yield _instruction(text, operands, place)
 
 
 def instructions(text: str) -> list[Instruction]:
     """Instructions of every asm statement of a C++ text, in order."""
+    text = _TOKEN.sub(lambda token: token[0] if token[0].startswith('"') else " ", text)
     found: list[Instruction] = []
+    function, start = "", 0
     for number, match in enumerate(_ASM.finditer(text)):
+        for heading in _FUNCTION.finditer(text, start, match.start()):
+            function = heading[1]
+        start = match.start()
         body = text[match.end() : _closing(text, match.end())]
         for branch in sorted(_branches(body)):
-            found += _statement(branch, number, match["volatile"] is not None)
+            found += _statement(branch, (number, function, match["volatile"] is not None))
     return found

@@ -59,6 +59,18 @@ SAME_THING = {
     "0": {"0", "scale_D"},
     "1": {"1", "scale_D"},
 }
+# Functions of ours -> CUTLASS's for the same purpose, where no operand of an instruction tells it.
+SAME_PURPOSE = {
+    "barrier_init_fence": {"fence_barrier_init", "fence_view_async_shared"},
+    "barrier_arrive": {"arrive"},
+    "copy_async_commit": {"cp_async_fence"},
+    "copy_async_wait": {"cp_async_wait"},
+    "registers_release": {"warpgroup_reg_dealloc"},
+    "registers_claim": {"warpgroup_reg_alloc"},
+    "wgmma_fence": {"warpgroup_arrive"},
+    "wgmma_commit": {"warpgroup_commit_batch"},
+    "wgmma_wait": {"warpgroup_wait"},
+}
 PREDICATES = re.compile(r"p\d*|P\d?")  # local to a statement
 
 
@@ -79,11 +91,11 @@ def canonical(leaf: Leaf) -> str:
 
 
 def shape(form: str) -> str:
-    """The form for comparing. ldmatrix's shape and count have no order: CUTLASS writes .x4.m8n8
-    where the manual has .m8n8.x4. A predicate's value may be a number or a register."""
+    """The form for comparing. CUTLASS writes .x4.m8n8 in ldmatrix, the manual has .m8n8.x4.
+    A predicate's value may be a number or a register."""
     mnemonic, _, operands = form.partition(" ")
     if mnemonic.startswith("ldmatrix."):
-        mnemonic = ".".join(["ldmatrix", *sorted(mnemonic.split(".")[1:])])
+        mnemonic = re.sub(r"\.(x4(?:\.trans)?)\.m8n8\.", r".m8n8.\1.", mnemonic)
     if mnemonic == "setp.ne.b32":
         operands = re.sub(r"^p,[rn],n$", "p,*,n", operands)
     return f"{mnemonic} {operands}"
@@ -106,6 +118,8 @@ def differences(ours: Instruction, theirs: Instruction) -> list[str]:
             found.append(f"{name} stands where NVIDIA has {other}")
         if yours.written > mine.written or (yours.read and yours.kind != "p" and not mine.read):
             found.append(f"{name} is not {'written' if yours.written else 'read'}")
+    if theirs.function not in SAME_PURPOSE.get(ours.function, {theirs.function}):
+        found.append(f"{ours.function} does what NVIDIA's {theirs.function} does")
     if theirs.volatile and not ours.volatile:
         found.append("not volatile")
     return found
