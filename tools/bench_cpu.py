@@ -3,7 +3,7 @@
     python tools/bench_cpu.py --prepare                  # make all models, once (minutes)
     python tools/bench_cpu.py                            # everything
     python tools/bench_cpu.py --part decoder --only mqc,llama-q4_0 --rounds 3
-    python tools/bench_cpu.py --tables --readme README.md --plot docs/bench_cpu.svg
+    python tools/bench_cpu.py --tables --readme docs/speed.md --plot docs/bench_cpu.svg
 
 Parts: linears (one product), decoder (prefill, decode, memory), prompt (vision tower, time to the
 first token). Every peer runs in its own process; medians are kept, and merged into the JSON, so

@@ -1,9 +1,9 @@
-"""The table of model families in the README: what each gives, end to end.
+"""The table of model families in docs/families.md: what each gives, end to end.
 
     python tools/family_table.py                    # all families, one after the other
     python tools/family_table.py qwen3_vl gemma3    # some rows again
     python tools/family_table.py --missing          # those that have no row yet
-    python tools/family_table.py --show             # write the README from the results
+    python tools/family_table.py --show             # write docs/families.md from the results
 
 Each family is a small model with random weights, built from transformers' own classes
 (mqc/testing/families). It is captured, goes through all passes of scheme w4a8, and generates on the
@@ -27,7 +27,7 @@ from mqc.testing.families.row import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results" / "families.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 HEAD = (
     "| family | captured | streams rotated: vision, LLM | online rotations left "
@@ -64,11 +64,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
-def write_readme(rows: dict[str, Any]) -> None:
-    text = README.read_text(encoding="utf-8")
+def write_page(rows: dict[str, Any]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("families", nargs="*", metavar="FAMILY")
     parser.add_argument("--missing", action="store_true", help="families without a row")
-    parser.add_argument("--show", action="store_true", help="only write the README")
+    parser.add_argument("--show", action="store_true", help="only write docs/families.md")
     args = parser.parse_args()
     unknown = sorted(set(args.families) - set(FAMILIES))
     if unknown:
@@ -92,7 +92,7 @@ def main() -> None:
         rows[name] = measure(name).to_json()
         RESULTS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
         console.print(line(rows[name]))
-    write_readme(rows)
+    write_page(rows)
 
 
 if __name__ == "__main__":
