@@ -19,6 +19,8 @@ from mqc.errors import MqcError
 ABI_VERSION = 2
 FILE_NAME = "libmqc_cuda.so"
 _UNSUPPORTED = 2
+_DEVICE = 3
+_DRIVER = "update the NVIDIA driver to one of CUDA 13, or rebuild with its CUDA's nvcc (12.5 on)"
 PATH_VARIABLE = "MQC_CUDA_LIBRARY"
 """Environment variable that names another library file."""
 
@@ -261,7 +263,11 @@ class Library:
 
     def check_device(self) -> None:
         """Raise KernelError unless the current device can run the kernels."""
-        self.check(self.native.mqc_check_device())
+        status = self.native.mqc_check_device()
+        if not status:
+            return
+        hint = "use a GPU of another generation" if status == _DEVICE else _DRIVER
+        raise KernelError(self.native.mqc_last_error().decode(errors="replace"), hint=hint)
 
     def launch(self, name: str, arguments: Arguments, stream: int = 0) -> None:
         """Enqueue ``mqc_<name>`` on a stream (a cudaStream_t as an integer)."""

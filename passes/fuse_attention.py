@@ -32,6 +32,10 @@ class FuseAttention(Pass):
     from ``past``. A rotary embedding that is not recognised stays before the operator. All layers
     are rewritten or, where one does not match, none: the reason is a skip.
 
+    Args:
+        memory: also rewrite a decoder with recurrent layers, whose memory stays as it is among the
+            caches: for targets that keep both. Others would take it for a buffer.
+
     Postcondition: a program with ``facts["cache"] == "buffer"`` has no growing cache.
     """
 
@@ -39,13 +43,17 @@ class FuseAttention(Pass):
     after = ("cleanup", "aifs-reorder", "merge-linears", "fuse-quantize")
     preserves = True
 
+    def __init__(self, memory: bool = False) -> None:
+        self._memory = memory
+
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program)
         for component in program:
             caches = [port for port in component.inputs if is_growing(port)]
             if not caches:
                 continue
-            if any(port.axis("memory") is not None for port in component.inputs):
+            recurrent = any(port.axis("memory") is not None for port in component.inputs)
+            if recurrent and not self._memory:
                 reason = "the memory of a recurrent layer stands among the caches"
                 result.skips.append(Skip(component.name, reason))
                 continue

@@ -39,6 +39,7 @@ def quantized(name: str, overrides: tuple[str, ...] = (), target: str = "cuda") 
     return PassManager(passes).run(tiny.program(name).copy(), context)
 
 
+@cache
 def quantized_family(name: str, overrides: tuple[str, ...] = ()) -> tuple[Program, list[Prompt]]:
     """A family's random model after the passes of w4a8 for cuda, and prompts for it."""
     family, (model, _) = FAMILIES[name], build_family(name)

@@ -3,6 +3,7 @@
 Tensors on ``cuda`` are torch's fake tensors, so operands on two devices are errors as they are on a
 GPU. Addresses are made up: every kernel launch is checked for pointers that lead to living device
 memory large enough for what the kernel reads and writes, and the library's own checks run on them.
+There are two devices: a kernel gets memory and a stream of the current one, or that is an error.
 Results whose shape depends on values are errors, as they wait for the device.
 While a graph is recorded, copies between host and device, values read by the host and
 synchronisation are errors; a replay finds memory that was freed since.
@@ -31,6 +32,7 @@ from mqc.cuda.library import Arguments
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
+DEVICES = 2
 _READS = {
     torch.Tensor.item: 0,
     torch.Tensor.__bool__: True,
@@ -52,7 +54,7 @@ class Memory:
     def __init__(self) -> None:
         self.capturing = False
         self.captured: dict[int, StorageWeakRef] = {}  # used by the graph, made before it
-        self._known: dict[int, tuple[StorageWeakRef, int, int, bool]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int, int, bool, int]] = {}
         self._next = 1 << 40
 
     def note(self, tensor: Tensor) -> tuple[int, int]:
@@ -62,7 +64,8 @@ class Memory:
         known = self._known.get(key)
         if known is None or known[0].expired():
             size = storage.nbytes()
-            known = (StorageWeakRef(storage), self._next, size, self.capturing)
+            place = tensor.device.index or 0
+            known = (StorageWeakRef(storage), self._next, size, self.capturing, place)
             self._known[key] = known
             self._next += (size + 4096) // 256 * 256
         if self.capturing and not known[3]:
@@ -72,11 +75,12 @@ class Memory:
     def address(self, tensor: Tensor) -> int:
         return self.note(tensor)[0] + tensor.storage_offset() * tensor.element_size()
 
-    def behind(self, address: int) -> int:
-        """Bytes from an address to the end of its memory."""
-        for reference, start, size, _ in self._known.values():
+    def behind(self, address: int, device: int) -> int:
+        """Bytes from an address to the end of its memory, for a kernel on a device."""
+        for reference, start, size, _, place in self._known.values():
             if start <= address < start + max(size, 1):
                 assert not reference.expired(), "a kernel gets memory that was freed"
+                assert place == device, f"a kernel on cuda:{device} gets memory of cuda:{place}"
                 return start + size - address
         raise AssertionError(f"a kernel gets {address:#x}, which is no device memory")
 
@@ -144,14 +148,10 @@ class _Python(TorchFunctionMode):
                 if func is torch.Tensor.contiguous:
                     kept = torch.contiguous_format
                     return first if first.is_contiguous() else aten.clone(first, memory_format=kept)
-                if func is torch.Tensor.__invert__:
-                    return aten.bitwise_not(first)
                 if func in _CASTS:
                     return first.to(_CASTS[func])
-                if func is torch.Tensor.copy_:
-                    return _copy(*args, **kwargs)
-                if func is scaled_dot_product_attention:
-                    return _attend(*args, **kwargs)
+                if func in _INSTEAD:
+                    return _INSTEAD[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -202,6 +202,15 @@ def _attend(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+_INSTEAD: dict[Any, Callable[..., Tensor]] = {
+    torch.Tensor.__invert__: aten.bitwise_not,
+    torch.Tensor.copy_: _copy,
+    aten.rms_norm.default: lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    scaled_dot_product_attention: _attend,
+}
+"""What on the device would ask torch's own CUDA code."""
+
+
 class FakeLibrary(Emulated):
     """The library's checks and choices; no kernel runs."""
 
@@ -209,19 +218,28 @@ class FakeLibrary(Emulated):
         super().__init__(path)
         self.gpu = gpu
         self.launches: list[str] = []
+        self.asked: set[int] = set()  # devices whose facts were asked for
 
     def launch(self, name: str, arguments: Arguments, stream: int = 0) -> None:
-        assert stream == torch.cuda.current_stream().cuda_stream, "a kernel on another stream"
+        current = torch.cuda.current_stream()
+        assert stream == current.cuda_stream, "a kernel on another stream"
         pointers = {field for field, kind in arguments._fields_ if kind.__name__ == "c_void_p"}
         sizes = extents(name, arguments)
         assert pointers == set(sizes), f"extents of {name}: {pointers ^ set(sizes)}"
         for field, size in sizes.items():
             address = getattr(arguments, field)
             if address:
-                found = self.gpu.memory.behind(address)
+                found = self.gpu.memory.behind(address, self.gpu.current)
                 assert found >= size, f"{name}: {field} needs {size} bytes, there are {found}"
         super().launch(name, arguments, stream)
         self.launches.append(name)
+
+    def workspace(self, name: str, arguments: Arguments) -> int:
+        self.asked.add(self.gpu.current)
+        return super().workspace(name, arguments)
+
+    def check_device(self) -> None:
+        self.asked.add(self.gpu.current)
 
 
 class _Generator(torch.Generator):
@@ -237,11 +255,12 @@ class _Generator(torch.Generator):
 
 
 class _Stream:
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, device: int) -> None:
         self.cuda_stream = number
+        self.device = device
 
     def wait_stream(self, other: _Stream) -> None:
-        assert isinstance(other, _Stream)
+        assert isinstance(other, _Stream) and other.device == self.device
 
 
 class FakeGpu:
@@ -253,20 +272,23 @@ class FakeGpu:
         emulated.configure(seed=0, asynchrony=3, sms=132)
         self.library = FakeLibrary(emulated.path, self)
         self.replays = 0
-        self._stream = _Stream(0)
+        self.current = 0
+        self._streams = [_Stream(-device, device) for device in range(DEVICES)]
 
     @contextlib.contextmanager
     def running(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-        """Fake tensors everywhere, and a torch.cuda that stands for one H100."""
+        """Fake tensors everywhere, and a torch.cuda that stands for two H100."""
         streams = iter(range(1, 1 << 30))
 
         def synchronize(*_: Any) -> None:
             assert not self.memory.capturing, "synchronisation while a graph is recorded"
 
         functions: dict[str, Callable[..., Any]] = {
-            "Stream": lambda *_, **__: _Stream(next(streams)),
+            "Stream": lambda *_, **__: _Stream(next(streams), self.current),
             "stream": self._on,
-            "current_stream": lambda *_: self._stream,
+            "device": self._device,
+            "device_count": lambda: DEVICES,
+            "current_stream": lambda device=None: self._streams[self._index(device)],
             "CUDAGraph": lambda: SimpleNamespace(replay=None),
             "graph": self._graph,
             "synchronize": synchronize,
@@ -274,7 +296,7 @@ class FakeGpu:
             "empty_cache": synchronize,
             "init": lambda: None,
             "is_available": lambda: True,
-            "current_device": lambda: 0,
+            "current_device": lambda: self.current,
             "get_device_properties": lambda *_: SimpleNamespace(L2_cache_size=50 << 20),
         }
         for name, function in functions.items():
@@ -285,16 +307,34 @@ class FakeGpu:
         with self.mode, _Watch(self), _Python(self):
             yield self
 
+    def _index(self, device: Any) -> int:
+        if device is None:
+            return self.current
+        index = device if isinstance(device, int) else torch.device(device).index
+        return self.current if index is None else index
+
+    @contextlib.contextmanager
+    def _device(self, device: Any) -> Iterator[None]:
+        before, self.current = self.current, self._index(device)
+        assert self.current < DEVICES, f"no device {self.current}"
+        try:
+            yield
+        finally:
+            self.current = before
+
     @contextlib.contextmanager
     def _on(self, stream: _Stream) -> Iterator[None]:
-        before, self._stream = self._stream, stream
-        yield
-        self._stream = before
+        """As torch does: a stream's device is the current one."""
+        with self._device(stream.device):
+            before = self._streams[stream.device]
+            self._streams[stream.device] = stream
+            yield
+            self._streams[stream.device] = before
 
     @contextlib.contextmanager
     def _graph(self, graph: Any, stream: _Stream | None = None, **_: Any) -> Iterator[None]:
         self.memory.capturing, self.memory.captured = True, {}
-        with self._on(stream or _Stream(-1)):
+        with self._on(stream or _Stream(-DEVICES, 0)):  # torch keeps one, of the first device
             yield
         self.memory.capturing = False
         used = list(self.memory.captured.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from mqc.backends.cuda.graphs import Recorder
 from mqc.backends.cuda.plan import Value
 from mqc.backends.cuda.slots import Slot
 from mqc.ir import Port
+from mqc.ir.types import is_cache
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a step left on the device, but for the tokens that it chose."""
+
+    past: int
+    positions: Tensor
+    mask: Tensor
 
 
 class DecodeStep:
@@ -21,7 +32,7 @@ class DecodeStep:
     The recorded step starts from token ids, and ends with the next ones: it appends a row to the
     cache, moves ``past`` and the positions on and opens the mask's next column, all on the device,
     so that replays may follow each other without the host (but for masks of windows, whose columns
-    also close: those start anew).
+    also close: those start anew). The memory of recurrent layers is rewritten in place.
 
     Args:
         decoder, embed: executors.
@@ -54,10 +65,14 @@ class DecodeStep:
         self.past = torch.full((1,), slot.capacity - 1, **integers)
         planes = int(decoder.component.input("mask").type.shape[1])
         self.mask = torch.ones(batch, planes, 1, slot.capacity, dtype=torch.bool, device=device)
+        self._left: _Left | None = None
         self._constants = self._constant_inputs(decoder.component.inputs)
         with torch.inference_mode():
             self._known = decoder.constants(self._constants, Call(self.arena))
+        before = [value.clone() for value in slot.memory]
         self._replay, (self.tokens, self.logits) = record(self._step)
+        for value, kept in zip(slot.memory, before, strict=True):  # what warm-up has rewritten
+            value.copy_(kept)
 
     def _constant_inputs(self, ports: list[Port]) -> dict[str, Tensor]:
         """A text token's inputs: not visual, nothing from the tower, the only row is wanted."""
@@ -66,7 +81,7 @@ class DecodeStep:
         for port in ports:
             if port.name in ("inputs_embeds", "position_ids", "mask", "past"):
                 continue
-            if "capacity" in port.axes:
+            if is_cache(port):
                 continue
             shape = [size if isinstance(size, int) else 1 for size in port.type.shape]
             shape[port.axes.index("batch")] = batch
@@ -87,7 +102,14 @@ class DecodeStep:
             }
             names = [port.name for port in ports if "capacity" in port.axes]
             inputs.update(zip(names, self.slot.caches, strict=True))
-            logits = self._decoder.run(inputs, Call(self.arena), self._known)[0][:, 0]
+            names = [port.name for port in ports if "memory" in port.axes]
+            inputs.update(zip(names, self.slot.memory, strict=True))
+            found = self._decoder.run(inputs, Call(self.arena), self._known)
+            made = zip(self._decoder.component.outputs, found, strict=True)
+            new = [value for port, value in made if "memory" in port.axes]
+            for old, value in zip(self.slot.memory, new, strict=True):
+                old.copy_(value)
+            logits = found[0][:, 0]
             tokens = self._decoder.kernels.argmax(logits)
             self.ids.copy_(tokens[:, None])
             self.positions.add_(1)
@@ -100,6 +122,7 @@ class DecodeStep:
 
         Rows of the bucket beyond B repeat nothing: they attend their own token alone.
         """
+        self._left = None
         batch = tokens.shape[0]
         self.ids[:batch, 0].copy_(tokens)
         self.positions[..., :batch, :].copy_(positions)
@@ -111,7 +134,25 @@ class DecodeStep:
 
     def run(self) -> None:
         """One step: ``tokens`` int64 [bucket] and ``logits`` [bucket, vocab] are new afterwards."""
+        self._left = None
         self._replay()
+
+    def advance(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: int) -> None:
+        """:meth:`start` and :meth:`run`; where the sequences go on, only their tokens are sent."""
+        if self._goes_on(positions, mask, past):
+            self.ids[: tokens.shape[0], 0].copy_(tokens)
+        else:
+            self.start(tokens, positions, mask, past)
+        self.run()
+        self._left = _Left(past + 1, positions + 1, mask)
+
+    def _goes_on(self, positions: Tensor, mask: Tensor, past: int) -> bool:
+        """Whether the last step has set all inputs but the tokens. Masks of windows start anew."""
+        left = self._left
+        if left is None or left.past != past or mask.shape[1] != 1:
+            return False
+        same = left.positions.equal(positions) and left.mask.equal(mask[..., :-1])
+        return same and bool(mask[..., -1].all())
 
 
 def sizes_of(ports: list[Port], inputs: Mapping[str, Tensor]) -> dict[str, int]:

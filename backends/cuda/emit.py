@@ -4,7 +4,7 @@
 
     program/program.json, program/params.safetensors   graphs in dialect cuda; weights as the
                                                         kernels read them
-    plan.json                                           what lives when, by component
+    plan.json                                           what lives when, by component; launches
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mqc.ir.symbols import ExampleSizes
 
 PROGRAM = "program"
 PLAN = "plan.json"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 EXAMPLE = {"tokens": 1024, "rows": 1, "batch": 1}
 """Sizes at which the plan's file states the arenas' bytes, for people."""
 
@@ -36,7 +36,9 @@ def emit(program: Program, writer: ArtifactWriter) -> None:
 
 
 def plan_json(program: Program) -> dict[str, Any]:
-    """The memory plan of every component as JSON data."""
+    """The memory plan of every component as JSON data, and the launches of each phase."""
+    from mqc.backends.cuda.launches import count_launches
+
     components = {}
     for component in program:
         values = lifetimes(component)
@@ -50,7 +52,14 @@ def plan_json(program: Program) -> dict[str, Any]:
                 "sum_bytes": sum(value.nbytes(sizes) for value in values),
             },
         }
-    return {"format": PLAN_VERSION, "components": components}
+    return {
+        "format": PLAN_VERSION,
+        "components": components,
+        "launches": {
+            phase: {"all": sum(kinds.values()), **kinds}
+            for phase, kinds in count_launches(program).items()
+        },
+    }
 
 
 def read_plan(folder: Path) -> dict[str, list[Value]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from mqc.backends.cuda.decode import DecodeStep, sizes_of
 from mqc.backends.cuda.executor import Arena, Call, Executor
 from mqc.backends.cuda.graphs import Recorder, call_again
 from mqc.backends.cuda.kernels import Kernels
+from mqc.backends.cuda.launch import on_device
 from mqc.backends.cuda.plan import Value, lifetimes
 from mqc.backends.cuda.slots import Sequences, SlotPool
 from mqc.errors import UsageError, VerificationError
@@ -24,6 +26,23 @@ CAPACITY = 1024
 """Rows of the smallest KV buffer."""
 ROUND = 256
 """Prefill memory is planned for a multiple of this many tokens."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(
+    method: Callable[Concatenate[CudaEngine, P], R],
+) -> Callable[Concatenate[CudaEngine, P], R]:
+    """What an engine does, it does on the kernels' device, whichever is the current one."""
+
+    @wraps(method)
+    def call(engine: CudaEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with on_device(engine.kernels.device):
+            return method(engine, *args, **kwargs)
+
+    return call
 
 
 class CudaEngine:
@@ -59,7 +78,8 @@ class CudaEngine:
         }
         device = kernels.device
         params = _Moved(program, device)
-        self._executors = {part.name: Executor(part, params, kernels) for part in program}
+        with on_device(device):  # parameters are moved
+            self._executors = {part.name: Executor(part, params, kernels) for part in program}
         self._arenas: dict[str, Arena] = {}
         decoder = program.components["decoder"]
         self._caches = [port for port in decoder.inputs if is_cache(port)]
@@ -71,7 +91,12 @@ class CudaEngine:
                 "this program's caches grow, and only buffers can be int8",
                 hint="use kv_cache=float; mqc inspect shows why attention was not fused",
             )
-        dtype = torch.int8 if kv_cache == "int8" else self._caches[0].type.dtype
+        self._rows = [port for port in self._caches if port.axis("memory") is None]
+        self._memory = [port for port in self._caches if port.axis("memory") is not None]
+        kept = [port.axis("memory") is not None for port in decoder.outputs]
+        self._rewritten = [index for index, found in enumerate(kept) if found]
+        floats = next((port.type.dtype for port in self._rows), program.dtype)
+        dtype = torch.int8 if kv_cache == "int8" else floats
         limit = program.facts.get("max_positions")
         self._pool = SlotPool(self._caches, dtype, device, capacity, limit)
 
@@ -79,15 +104,18 @@ class CudaEngine:
     def facts(self) -> Mapping[str, Any]:
         return self.program.facts
 
+    @_on_its_device
     def vision(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Rows [visual_tokens, hidden] of one tower call, all outputs side by side."""
         outputs = self._run("vision", self._placed("vision", inputs), {})
         return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in outputs], dim=-1)
 
+    @_on_its_device
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [B, T, hidden] of int64 ids [B, T]."""
         return self._run("embed", self._placed("embed", {"input_ids": ids}), {})[0]
 
+    @_on_its_device
     def empty_cache(self, batch: int) -> Cache:
         """No rows: buffers are lent by the first call."""
         if self._buffers:
@@ -102,6 +130,7 @@ class CudaEngine:
             for port in self._caches
         ]
 
+    @_on_its_device
     def decoder(
         self,
         inputs_embeds: Tensor,
@@ -131,16 +160,23 @@ class CudaEngine:
         logits = self.prefill(placed, sequences, past, causal)
         return logits, (Sequences(sequences.lease, sequences.batch, past + tokens),)
 
+    @_on_its_device
     def prefill(
         self, inputs: dict[str, Any], sequences: Sequences, past: int, causal: bool
     ) -> Tensor:
-        """Logits of one call on placed inputs; keys and values go to rows ``past`` on."""
-        device = self.kernels.device
+        """Logits of one call on placed inputs; keys and values go to rows ``past`` on, the memory
+        of recurrent layers is rewritten."""
+        device, slot = self.kernels.device, sequences.lease.slot
         inputs["past"] = torch.tensor([past], device=device)
-        caches = [cache.rows(sequences.batch) for cache in sequences.lease.slot.caches]
-        inputs.update(zip((port.name for port in self._caches), caches, strict=True))
+        caches = [cache.rows(sequences.batch) for cache in slot.caches]
+        memory = [value[: sequences.batch] for value in slot.memory]
+        inputs.update(zip((port.name for port in self._rows), caches, strict=True))
+        inputs.update(zip((port.name for port in self._memory), memory, strict=True))
         tokens = inputs["inputs_embeds"].shape[1]
-        return self._run("decoder", inputs, {"end": past + tokens, "causal": causal})[0]
+        outputs = self._run("decoder", inputs, {"end": past + tokens, "causal": causal})
+        for value, index in zip(memory, self._rewritten, strict=True):
+            value.copy_(outputs[index])
+        return outputs[0]
 
     def greedy_step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
@@ -156,19 +192,33 @@ class CudaEngine:
         Returns:
             (tokens int64 [B], the cache with one more row).
         """
+        step, sequences = self._advance(tokens, positions, mask, cache)
+        return step.tokens[: sequences.batch].cpu(), (sequences,)
+
+    def logits_step(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+    ) -> tuple[Tensor, Cache]:
+        """:meth:`greedy_step` for callers that choose themselves: logits float32 [B, vocab]."""
+        step, sequences = self._advance(tokens, positions, mask, cache)
+        return step.logits[: sequences.batch].to("cpu", torch.float32, copy=True), (sequences,)
+
+    @_on_its_device
+    def _advance(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+    ) -> tuple[DecodeStep, Sequences]:
+        """One recorded step, and the sequences with its row."""
         past = past_of(mask)
         sequences = self._pool.with_room(cache[0], past + 1)
         step = self.decode_step(sequences, tuple(positions.shape[:-2]))
-        step.start(tokens, positions, mask, past)
-        step.run()
-        found = step.tokens[: sequences.batch].cpu()
-        return found, (Sequences(sequences.lease, sequences.batch, past + 1),)
+        step.advance(tokens, positions, mask, past)
+        return step, Sequences(sequences.lease, sequences.batch, past + 1)
 
     @property
     def greedy(self) -> bool:
-        """Whether :meth:`greedy_step` can be used: it needs buffered caches."""
+        """Whether recorded steps can be used: they need buffered caches."""
         return self._buffers
 
+    @_on_its_device
     def decode_step(self, sequences: Sequences, axes: tuple[int, ...]) -> DecodeStep:
         """The recorded step of the sequences' slot."""
         slot = sequences.lease.slot
@@ -205,7 +255,7 @@ class CudaEngine:
         for port in self.program.components[name].inputs:
             value = inputs.get(port.name)
             if value is None:
-                if port.name in ("mask", "past") or "capacity" in port.axes:
+                if port.name in ("mask", "past") or is_cache(port):
                     continue
                 raise VerificationError(
                     f"component {name!r} has input {port.name!r}, which the host does not give",

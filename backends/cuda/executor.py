@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -150,7 +151,7 @@ class Executor:
         return [values[node] for node in self._outputs]  # type: ignore[index]
 
     def _step(self, node: fx.Node) -> Step:
-        handler = _HANDLERS.get(node.target)
+        handler = _HANDLERS.get(node.target) or _PLAIN.get(node.target)
         if handler is not None:
             made = handler(self.kernels, node)
             if made is not None:
@@ -177,21 +178,40 @@ def _torch_step(kernels: Kernels, node: fx.Node) -> Step:
     if str(target) in _NEEDS_DEVICE:
         kwargs["device"] = kernels.device
 
-    def step(call: Call, values: dict[fx.Node, Any]) -> Any:
-        def value(n: fx.Node) -> Any:
-            return values[n]
+    read = [_argument(value) for value in node.args]
+    named = {name: _argument(value) for name, value in kwargs.items()}
+    if not named:
+        return lambda call, values: target(*[item(values) for item in read])
+    return lambda call, values: target(
+        *[item(values) for item in read], **{name: item(values) for name, item in named.items()}
+    )
 
-        args = fx.node.map_arg(node.args, value)
-        return target(*args, **fx.node.map_arg(kwargs, value))
+
+def _argument(value: Any) -> Callable[[dict[fx.Node, Any]], Any]:
+    """Reads an argument with the values that it names; a run does this thousands of times."""
+    if isinstance(value, fx.Node):
+        return operator.itemgetter(value)
+    if isinstance(value, (list, tuple)) and not all(isinstance(part, int) for part in value):
+        parts = [_argument(part) for part in value]
+        return lambda values: [part(values) for part in parts]
+    return lambda values: value
+
+
+def _gather(kernels: Kernels, node: fx.Node) -> Step:
+    """The only row of each sequence, as in a decode step, is the one that is wanted: no launch."""
+    read = _readers(node, 3)
+
+    def step(call: Call, values: dict[fx.Node, Any]) -> Tensor:
+        x, axis, index = (item(values) for item in read)
+        if x.shape[axis] == 1 and index.shape == x.shape:
+            return x  # type: ignore[no-any-return]
+        return aten.gather.default(x, axis, index)  # type: ignore[no-any-return]
 
     return step
 
 
 def _reader(node: fx.Node, index: int) -> Callable[[dict[fx.Node, Any]], Any]:
-    value = node.args[index] if index < len(node.args) else None
-    if isinstance(value, fx.Node):
-        return lambda values: values[value]
-    return lambda values: value
+    return _argument(node.args[index] if index < len(node.args) else None)
 
 
 def _readers(node: fx.Node, count: int) -> list[Callable[[dict[fx.Node, Any]], Any]]:
@@ -271,6 +291,11 @@ def _hadamard(kernels: Kernels, node: fx.Node) -> Step:
     return step
 
 
+def _gated_delta(kernels: Kernels, node: fx.Node) -> Step:
+    read = _readers(node, 6)
+    return lambda call, values: kernels.gated_delta(*(item(values) for item in read))
+
+
 def _rms_norm(kernels: Kernels, node: fx.Node) -> Step | None:
     gain = node.args[2] if len(node.args) > 2 else node.kwargs.get("weight")
     eps = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
@@ -331,5 +356,8 @@ _HANDLERS: dict[Any, Callable[[Kernels, fx.Node], Step | None]] = {
     _mqc.embedding_w8.default: _embedding,
     _mqc.attention.default: _attention,
     _mqc.attention_full.default: _attention_full,
+    _mqc.gated_delta.default: _gated_delta,
     aten.rms_norm.default: _rms_norm,
 }
+_PLAIN: dict[Any, Callable[[Kernels, fx.Node], Step]] = {aten.gather.default: _gather}
+"""What torch computes, but for cases where there is nothing to do."""

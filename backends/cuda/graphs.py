@@ -34,7 +34,8 @@ def call_again(step: Step) -> tuple[Step, Any]:
 
 
 def record_graph(step: Step) -> tuple[Step, Any]:
-    """A CUDA graph of ``step``, recorded after warm-up on a stream of its own."""
+    """A CUDA graph of ``step`` on the current device, recorded after warm-up on a stream of its
+    own (torch keeps one for all graphs otherwise, of the device that was the current one first)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -42,7 +43,7 @@ def record_graph(step: Step) -> tuple[Step, Any]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         kept = step()
 
     def replay() -> Any:

@@ -2,7 +2,8 @@
 
 The row values that the decoder and the tower carry from layer to layer become half; what is
 computed from integers alone (positions, angles, masks) stays float32 until it meets them. Pictures
-enter in float32: they are quantized before anything else.
+enter in float32: they are quantized before anything else. The memory that a recurrence carries from
+token to token is float32, and so is the recurrence: in a half type each token would round it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ _QUANTIZERS = (
     _mqc.activation_quantize.default,
 )
 _ATTENTION = _mqc.attention.default
+_RECURRENCE = _mqc.gated_delta.default
+_STATE = 5
+"""Its argument that is the memory."""
 _HEADS = (_ATTENTION, _mqc.attention_full.default)
 """Their first three arguments are heads; angles stay in float32, and turn heads of any type."""
 _ROWS = frozenset({"inputs_embeds", "embeddings", "image_embeds"})
@@ -38,6 +42,11 @@ def to_half(program: Program, dtype: torch.dtype) -> None:
 
 def _is_float(value: Any) -> bool:
     return is_tensor(value) and tensor_type(value).dtype.is_floating_point
+
+
+def _before(port: Port) -> str:
+    """The input that a recurrent layer's output is in the next call."""
+    return port.name.replace("present_", "past_", 1) if port.axis("memory") is not None else ""
 
 
 class _Component:
@@ -58,15 +67,22 @@ class _Component:
         output = self.component.output_node
         values = output.args[0]
         assert isinstance(values, (tuple, list))
-        new = [self._half(v, output) if _is_float(v) else v for v in values]
+        kinds = {port.name: port.type.dtype for port in self.component.inputs}
+        new = [
+            self._as(v, kinds.get(_before(port), self.dtype)) if _is_float(v) else v
+            for port, v in zip(self.component.outputs, values, strict=True)
+        ]
         output.args = (tuple(new),)
         self.component.outputs = [
-            Port(port.name, tensor_type(value), port.axes)  # type: ignore[arg-type]
+            Port(port.name, tensor_type(value), port.axes)
             for port, value in zip(self.component.outputs, new, strict=True)
         ]
 
     def _port(self, port: Port) -> Port:
         cached = "past" in port.axes or "capacity" in port.axes or port.name.startswith("deepstack")
+        readers = self.component.placeholder(port.name).users
+        if any(user.target is _RECURRENCE for user in readers):
+            return port
         if port.type.dtype.is_floating_point and (cached or self._carries_rows(port)):
             return Port(port.name, port.type.with_dtype(self.dtype), port.axes)
         return port
@@ -83,6 +99,11 @@ class _Component:
             for index in range(3):
                 if is_tensor(node.args[index]):
                     node.update_arg(index, self._half(node.args[index], node))
+        elif node.target is _RECURRENCE:
+            for index in range(_STATE):
+                node.update_arg(index, self._as(node.args[index], torch.float32))
+        elif node.target is _mqc.rotary_angles.default:
+            return  # of positions: float32
         elif node.target is _mqc.embedding_w8.default:
             node.meta["type"] = tensor_type(node).with_dtype(torch.float32)
             for index in (1, 2):
@@ -131,7 +152,9 @@ class _Component:
         source = node.args[0]
         if isinstance(source, fx.Node) and source.meta.get("type") == "tuple":
             caller = source
-            if caller.target is _ATTENTION:
+            if caller.target is _mqc.rotary_angles.default:
+                pass
+            elif caller.target is _ATTENTION:
                 node.meta["type"] = kind.with_dtype(self.dtype)
             else:
                 node.meta["type"] = kind.with_dtype(tensor_type(caller.args[0]).dtype)  # type: ignore[arg-type]
@@ -140,17 +163,21 @@ class _Component:
 
     def _half(self, value: Any, user: fx.Node) -> fx.Node:
         """``value`` in the half type: a cast parameter, or a cast node, made once."""
+        return self._as(value, self.dtype)
+
+    def _as(self, value: Any, dtype: torch.dtype) -> fx.Node:
+        """``value`` in that type."""
         assert isinstance(value, fx.Node)
         kind = tensor_type(value)
-        if kind.dtype == self.dtype:
+        if kind.dtype == dtype:
             return value
         if value not in self.casts:
-            wanted = kind.with_dtype(self.dtype)
+            wanted = kind.with_dtype(dtype)
             if value.op == "get_attr":
                 self.casts[value] = self._half_param(value, wanted)
             else:
                 with self.graph.inserting_after(value):
-                    cast = call(self.graph, aten.to.dtype, (value, self.dtype), wanted, value)
+                    cast = call(self.graph, aten.to.dtype, (value, dtype), wanted, value)
                 self.casts[value] = cast
         return self.casts[value]
 

@@ -207,6 +207,9 @@ class Kernels(Protocol):
     def attention_full(self, call: FullAttention) -> Tensor:
         """``mqc::attention_full``: the rows [B, S, Hq * Dv]."""
 
+    def gated_delta(self, *args: Tensor) -> Tensor:
+        """``mqc::gated_delta``."""
+
     def argmax(self, logits: Tensor) -> Tensor:
         """int64 [...]: the first of the largest along the last axis."""
 
@@ -308,6 +311,11 @@ class ReferenceKernels:
         """See :class:`Kernels`."""
         rest = (None, None, call.kv_heads, call.scale, "none")
         rows: Tensor = _mqc.attention_full(*call.turned(), call.mask, *rest)
+        return rows
+
+    def gated_delta(self, *args: Tensor) -> Tensor:
+        """See :class:`Kernels`."""
+        rows: Tensor = _mqc.gated_delta(*args)
         return rows
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ What is computed stays the same in float32; in a half type only the places of ro
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +28,24 @@ from mqc.ir.edit import (
 )
 from mqc.ir.params import Loader
 from mqc.numerics.packing import unpack_int4
-from mqc.passes.registry import PASSES
-from mqc.transform import PassContext, PassManager
+from mqc.passes.fuse_angles import FuseAngles
+from mqc.passes.fuse_attention import FuseAttention
+from mqc.passes.fuse_quantize import FuseQuantize
+from mqc.passes.fuse_residual import FuseResidual
+from mqc.passes.fuse_tower_attention import FuseTowerAttention
+from mqc.passes.merge_linears import MergeLinears
+from mqc.passes.select_rows import SelectRows
+from mqc.transform import Pass, PassContext, PassManager
 
 DIALECT = "cuda"
-FUSIONS = (
-    "merge-linears",
-    "fuse-quantize",
-    "fuse-attention",
-    "fuse-residual",
-    "fuse-tower-attention",
+FUSIONS: tuple[Callable[[], Pass], ...] = (
+    MergeLinears,
+    FuseQuantize,
+    lambda: FuseAttention(memory=True),
+    FuseResidual,
+    FuseTowerAttention,
+    FuseAngles,
+    SelectRows,
 )
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -63,11 +72,14 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
         )
     if program.dtype != torch.float32:
         program = program.to(torch.float32)
-    manager = PassManager([PASSES[name]() for name in FUSIONS])
-    result = manager.run(program, PassContext())
     counts: Counter[str] = Counter()
-    for record in manager.records:
-        counts.update(record.counts)
+    result = program
+    # The last norm meets its quantization once its rows are chosen before it.
+    for passes in ([make() for make in FUSIONS], [FuseQuantize()]):
+        manager = PassManager(passes)
+        result = manager.run(result, PassContext())
+        for record in manager.records:
+            counts.update(record.counts)
     widened: list[str] = []
     for component in result:
         _pack_linears(result, component, counts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mqc.backends.cuda import recurrence
 from mqc.backends.cuda.definitions import Definitions
 from mqc.backends.cuda.launch import DTYPES, as_rows, pointer
 from mqc.backends.cuda.native_attention import NativeAttention
@@ -264,6 +265,10 @@ class NativeKernels(NativeAttention):
                 y=out.data_ptr(),
             ),
         )
+
+    def gated_delta(self, *args: Tensor) -> Tensor:
+        """See :class:`~mqc.backends.cuda.kernels.Kernels`; the library has no kernel for it."""
+        return recurrence.by_length(*args)
 
     def argmax(self, logits: Tensor) -> Tensor:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`; NaN counts as the largest."""

@@ -44,7 +44,7 @@ _OWN = frozenset(
     | {"aten.repeat_interleave.self_int", "aten.pixel_shuffle.default"}
     | {"aten.pixel_unshuffle.default"}
 )
-_ALIASING = (VIEW_OPS - _OWN) | {"aten.to.dtype"}
+_ALIASING = (VIEW_OPS - _OWN) | {"aten.to.dtype", "aten.gather.default"}
 """Operators whose result may share memory with their first argument."""
 
 

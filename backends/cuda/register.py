@@ -15,8 +15,10 @@ from torch import Tensor
 import mqc.backends.cuda.ops  # noqa: F401  (defines mqc_cuda::linear)
 from mqc.backends.cuda.kernels import Kernels
 from mqc.backends.cuda.plan import row_stride
+from mqc.errors import TargetError
 
 _libraries: list[torch.library.Library] = []
+_made: dict[torch.device, dict[str, Callable[..., Any]]] = {}
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,14 +111,30 @@ def implementations(kernels: Kernels) -> dict[str, Callable[..., Any]]:
 
 
 def register(kernels: Kernels) -> None:
-    """Register the kernels for dispatch key CUDA; the first call decides, later ones do nothing."""
+    """Register the kernels of a device for dispatch key CUDA; the first ones of a device stay."""
+    _made.setdefault(kernels.device, implementations(kernels))
     if _libraries:
         return
     made = {name: torch.library.Library(name, "IMPL") for name in ("mqc", "mqc_cuda")}
-    for qualified, function in implementations(kernels).items():
+    for qualified in _made[kernels.device]:
         namespace, _, name = qualified.partition("::")
-        made[namespace].impl(name, function, "CUDA")
+        made[namespace].impl(name, by_device(qualified), "CUDA")
     _libraries.extend(made.values())
+
+
+def by_device(qualified: str) -> Callable[..., Any]:
+    """The operator on the device of its first argument."""
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = _made.get(x.device)
+        if found is None:
+            raise TargetError(
+                f"{qualified} has no kernels on {x.device}: none were opened there",
+                hint=f"open them with device={x.device}",
+            )
+        return found[qualified](x, *args, **kwargs)
+
+    return call
 
 
 def _narrow(split: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Where the keys and values of running sequences live: buffers of fixed capacity, lent and reused.
+"""Where keys, values and recurrent memory of running sequences live: buffers, lent and reused.
 
 A slot belongs to a batch bucket and a capacity; recorded decode steps hold its addresses, so a slot
 whose sequences have ended is kept for the next ones with everything recorded for it.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mqc.backends.cuda.kernels import CacheTensor
 from mqc.host.cache import next_capacity
@@ -28,11 +29,16 @@ def bucket(batch: int) -> int:
 
 @dataclass
 class Slot:
-    """Caches of a batch bucket, in order of the decoder's ports, and steps recorded on them."""
+    """Caches of a batch bucket, in order of the decoder's ports, and steps recorded on them.
+
+    ``memory``: of recurrent layers, [batch, ...] each; a call rewrites it in place. It has no rows
+    that a mask could hide, so it is cleared for new sequences.
+    """
 
     batch: int
     capacity: int
     caches: list[CacheTensor]
+    memory: list[Tensor] = field(default_factory=list)
     recorded: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +57,7 @@ class Lease:
 class Sequences:
     """What an engine's cache is: ``batch`` sequences of ``past`` rows in a leased slot.
 
-    A call writes rows from ``past`` on in place: continue a cache once.
+    A call writes rows from ``past`` on, and memory, in place: continue a cache once.
     """
 
     lease: Lease
@@ -63,8 +69,9 @@ class SlotPool:
     """Makes, lends and keeps slots.
 
     Args:
-        ports: the decoder's cache ports, with symbols ``batch`` and ``capacity``.
-        dtype: of the caches; int8 brings one scale a row.
+        ports: the decoder's cache ports, with symbols ``batch`` and ``capacity``; those without
+            capacity are the memory of recurrent layers.
+        dtype: of keys and values; int8 brings one scale a row.
         device: where they live.
         capacity: rows of the smallest slot.
         limit: the model's positions, or None.
@@ -78,7 +85,8 @@ class SlotPool:
         capacity: int,
         limit: int | None,
     ) -> None:
-        self._ports = list(ports)
+        self._ports = [port for port in ports if port.axis("capacity") is not None]
+        self._memory = [port for port in ports if port.axis("capacity") is None]
         self._dtype = dtype
         self._device = device
         self._capacity = capacity
@@ -92,6 +100,8 @@ class SlotPool:
         for slot in self._idle:
             if slot.batch == size and slot.capacity >= capacity:
                 self._idle.remove(slot)
+                for value in slot.memory:
+                    value.zero_()
                 return Lease(self, slot)
         while len(self._idle) >= IDLE:  # what is kept makes room for what is needed
             self._idle.pop(0)
@@ -102,7 +112,13 @@ class SlotPool:
             )
             for port in self._ports
         ]
-        return Lease(self, Slot(size, capacity, caches))
+        memory = [
+            torch.zeros(
+                evaluate_shape(port.type.shape, sizes), dtype=port.type.dtype, device=self._device
+            )
+            for port in self._memory
+        ]
+        return Lease(self, Slot(size, capacity, caches, memory))
 
     def put(self, slot: Slot) -> None:
         """Take a slot back."""
@@ -116,4 +132,6 @@ class SlotPool:
         lease = self.lend(sequences.batch, max(rows, 2 * slot.capacity))
         for new, old in zip(lease.slot.caches, slot.caches, strict=True):
             new.copy_rows(old, sequences.past)
+        for kept, value in zip(lease.slot.memory, slot.memory, strict=True):
+            kept[: sequences.batch] = value[: sequences.batch]
         return Sequences(lease, sequences.batch, sequences.past)

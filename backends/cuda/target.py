@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from mqc.ir import Program
 if TYPE_CHECKING:
     from mqc.spec import Scheme
 
-DEVICES = ("cuda", "reference")
+REFERENCE = "reference"
 HEAD_ROWS = {"bits": 8, "observer": "percentile"}
 ELSEWHERE = "run it by definition on the CPU with device=reference, or compile for --target onnx"
 
@@ -83,7 +84,8 @@ class CudaTarget:
 
         Args:
             path: its folder.
-            device: "cuda", or "reference" to compute every operator by its definition on the CPU.
+            device: "cuda" (the current one), "cuda:1" and so on, or "reference" to compute every
+                operator by its definition on the CPU.
             kv_cache: "float", or "int8" with one scale a row; the scheme's where None.
             graphs: record decode steps as CUDA graphs.
             capacity: rows of the smallest KV buffer; larger ones are made when needed.
@@ -93,12 +95,13 @@ class CudaTarget:
             TargetError: no GPU, or no kernel library, with what to do about it.
             UsageError: an unknown option.
         """
-        if device not in DEVICES:
+        if re.fullmatch(r"reference|cuda(:\d+)?", device) is None:
             raise UsageError(
-                f"unknown device {device!r} for target 'cuda'", hint=f"use {' or '.join(DEVICES)}"
+                f"unknown device {device!r} for target 'cuda'",
+                hint="use cuda, cuda:1 (the second GPU) or reference",
             )
-        if device == "cuda":
-            require_device(path)
+        if device != REFERENCE:
+            require_device(path, device)
 
         def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
             kind = kv_cache or manifest["facts"].get(KV_CACHE, "float")
@@ -116,43 +119,50 @@ def open_engine(folder: Path, *, device: str, kv_cache: str, graphs: bool, capac
     from mqc.backends.cuda.graphs import call_again, record_graph
     from mqc.backends.cuda.kernels import Kernels, ReferenceKernels
 
-    kernels: Kernels = ReferenceKernels() if device == "reference" else device_kernels()
+    kernels: Kernels = ReferenceKernels() if device == REFERENCE else device_kernels(device)
     return CudaEngine(
         read_program(folder),
         kernels,
         plans=read_plan(folder),
-        record=record_graph if graphs and device == "cuda" else call_again,
+        record=record_graph if graphs and device != REFERENCE else call_again,
         kv_cache=kv_cache,
         capacity=capacity,
     )
 
 
-def device_kernels() -> Any:
-    """The library's kernels on the current CUDA device, registered as torch's operators too."""
+def device_kernels(device: str = "cuda") -> Any:
+    """The library's kernels on a CUDA device, registered as torch's operators too."""
     from mqc.backends.cuda.native import NativeKernels
     from mqc.backends.cuda.register import register
     from mqc.cuda.library import load
 
     library = load()
     torch.cuda.init()
-    library.check_device()
-    kernels = NativeKernels(library, torch.device("cuda", torch.cuda.current_device()))
+    index = torch.device(device).index
+    place = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    with torch.cuda.device(place):
+        library.check_device()
+    kernels = NativeKernels(library, place)
     register(kernels)
     return kernels
 
 
-def missing() -> list[tuple[str, str]]:
+def missing(device: str = "cuda") -> list[tuple[str, str]]:
     """(what running on a GPU lacks here, what to do), in the order to do it."""
     from mqc.cuda.library import library_path, load
 
     found: list[tuple[str, str]] = []
+    index = torch.device(device).index
     if not torch.cuda.is_available():
         found.append(_no_gpu())
+    elif index is not None and index >= torch.cuda.device_count():
+        found.append(_no_such_gpu(device))
     try:
         library = load()
         if not found:
             torch.cuda.init()
-            library.check_device()
+            with torch.cuda.device(torch.cuda.current_device() if index is None else index):
+                library.check_device()
     except MqcError as error:
         what = "the kernel library is missing" if library_path() is None else error.message
         found.append((what, error.hint or ""))
@@ -165,12 +175,24 @@ def _no_gpu() -> tuple[str, str]:
             f"this torch ({torch.__version__}) is built without CUDA",
             "install a CUDA build of torch on a machine with an NVIDIA GPU",
         )
-    return "torch finds no NVIDIA GPU", "use a machine with one, and check its driver: nvidia-smi"
+    try:
+        torch.cuda.init()  # says why: no driver, or one that is older than this torch
+        why = ""
+    except (RuntimeError, AssertionError) as error:
+        why = f": {str(error).splitlines()[0].split('. ')[0]}"
+    needs = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}"
+    return f"torch finds no NVIDIA GPU{why}", f"check the machine's GPU with nvidia-smi; {needs}"
 
 
-def require_device(path: Path) -> None:
+def _no_such_gpu(device: str) -> tuple[str, str]:
+    count = torch.cuda.device_count()
+    known = ", ".join(f"cuda:{index}" for index in range(count))
+    return f"there is no device {device}, torch sees {known}", "use one of them"
+
+
+def require_device(path: Path, device: str = "cuda") -> None:
     """Raise :class:`TargetError` where artifact ``path`` cannot run on a GPU here."""
-    lacks = missing()
+    lacks = missing(device)
     if lacks:
         raise TargetError(
             f"artifact {path} needs an NVIDIA GPU: {'; '.join(what for what, _ in lacks)}",

@@ -70,11 +70,21 @@ class Engine(Protocol):
 
 
 class GreedyEngine(Engine, Protocol):
-    """An engine that chooses the likeliest token where it computes the logits."""
+    """An engine with steps of its own for one new token a sequence, from ids on; they choose the
+    likeliest token where the logits are computed."""
 
     @property
     def greedy(self) -> bool:
         """Whether this program allows it."""
+
+    def logits_step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, Cache]:
+        """Append ``tokens`` as :meth:`greedy_step` does; logits float32 [B, vocab] on the CPU."""
 
     def greedy_step(
         self,
@@ -270,15 +280,14 @@ def decode_step(engine: Engine, state: State, tokens: torch.Tensor) -> State:
     count = tokens.shape[0]
     valid = torch.ones(count, 1, dtype=torch.bool)
     visual = torch.zeros(count, 1, dtype=torch.bool)
-    positions = state.next_position[:, None].expand(*state.axes, count, 1)
-    logits, cache = engine.decoder(
-        engine.embed(tokens[:, None]),
-        positions.contiguous(),
-        state.keys.mask(valid),
-        torch.zeros(count, 1, dtype=torch.int64),
-        visual,
-        state.cache,
-    )
+    positions = state.next_position[:, None].expand(*state.axes, count, 1).contiguous()
+    mask = state.keys.mask(valid)
+    if getattr(engine, "greedy", False):
+        last, cache = cast(GreedyEngine, engine).logits_step(tokens, positions, mask, state.cache)
+    else:
+        rows = torch.zeros(count, 1, dtype=torch.int64)
+        embeds = engine.embed(tokens[:, None])
+        logits, cache = engine.decoder(embeds, positions, mask, rows, visual, state.cache)
+        last = logits[:, 0].to("cpu", torch.float32)
     state.keys.append(visual, valid, engine.facts.get("kv_order"))
-    last = logits[:, 0].to("cpu", torch.float32)
     return State(cache, state.keys, state.next_position + 1, last, state.axes)

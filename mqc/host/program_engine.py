@@ -71,7 +71,10 @@ class ProgramEngine:
         names = [port.name for port in self._cache_ports()]
         if is_buffer(self.facts):
             inputs["past"] = torch.tensor([past_of(mask)])
-            cache = [self._with_room(rows, mask) for rows in cache]
+            cache = [
+                self._with_room(rows, mask) if port.axis("capacity") is not None else rows
+                for port, rows in zip(self._cache_ports(), cache, strict=True)
+            ]
         inputs.update(zip(names, cache, strict=True))
         logits, *present = self._call("decoder", inputs)
         return logits, present

@@ -80,6 +80,25 @@ def test_family(name: str) -> None:
     assert lower(program, "bf16")[0].dtype == torch.bfloat16
 
 
+def test_memory_of_recurrent_layers_follows_its_sequences() -> None:
+    """Slots taken again, three sequences in a bucket of four, buffers that grow under way: steps
+    that rewrite the memory in place give what steps without a slot give."""
+    program, prompts = cuda_cases.quantized_family("minicpmv4_6")
+    reference = ProgramEngine(program)
+    cuda = CudaEngine(lower(program, "f32")[0], Kernels(), capacity=16, record=recorded)
+    assert cuda.greedy
+    # The memory starts and stays in float32 whatever the rows are.
+    kinds = {p.name: p.type.dtype for p in lower(program, "bf16")[0].components["decoder"].inputs}
+    assert kinds["past_state_0"] == torch.float32 and kinds["past_conv_0"] == torch.bfloat16
+    for batch in (prompts[:1], prompts[:3], prompts[1:4], prompts[2:3]):
+        count = 30 if len(batch) == 1 else 4
+        ours, theirs = (
+            generate_batch(engine, batch, max_new_tokens=count, stop=())
+            for engine in (cuda, reference)
+        )
+        assert [item.tokens for item in ours] == [item.tokens for item in theirs]
+
+
 def test_experts_compute_their_own_rows() -> None:
     """Slices by modality: linears without a row, in prompts of text and in recorded steps."""
     program, prompts = cuda_cases.quantized_family("paper_experts", ("aifs=true",))

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from mqc.backends.cuda import lower as lowering
+from mqc.backends.cuda import recurrence
 from mqc.backends.cuda.engine import CudaEngine, is_causal
 from mqc.backends.cuda.executor import Arena, Call, Executor
 from mqc.backends.cuda.kernels import ReferenceKernels, quantize_rows
@@ -105,7 +106,7 @@ def test_prompts_longer_than_the_buffer() -> None:
 def test_program_whose_attention_was_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches that grow stay tensors; such a program runs without recorded steps."""
     name = "tiny-llava"
-    fusions = tuple(item for item in lowering.FUSIONS if item != "fuse-attention")
+    fusions = tuple(make for make in lowering.FUSIONS if make().name != "fuse-attention")
     monkeypatch.setattr(lowering, "FUSIONS", fusions)
     program = cuda_cases.quantized(name)
     cuda = CudaEngine(lower(program, "f32")[0], ReferenceKernels())
@@ -268,6 +269,26 @@ def test_weight_only_program_runs() -> None:
     with pytest.raises(TargetError, match="only weights are quantized") as caught:
         lower(cuda_cases.quantized(name, overrides + everywhere))
     assert "w4a8" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 150])
+def test_recurrence_in_chunks(tokens: int) -> None:
+    """The gated delta rule by matrix products is that token by token, rows of padding included."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = random(tokens, 16), random(tokens, 16), random(tokens, 10)
+    k = k / k.norm(dim=-1, keepdim=True)
+    valid = torch.arange(tokens) >= tokens // 3
+    decay, beta = -4 * random(tokens).abs() * valid, random(tokens).sigmoid() * valid
+    args = (q, k, v, decay, beta, random(16, 10))
+    expected = torch.ops.mqc.gated_delta(*args)
+    for found in (recurrence.gated_delta(*args), recurrence.by_length(*args)):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    narrow = recurrence.by_length(*(x.float() for x in args))
+    torch.testing.assert_close(narrow, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_causal_masks_are_recognised() -> None:

@@ -78,6 +78,8 @@ def test_options_are_checked() -> None:
     assert "device" in str(caught.value.hint)
     with pytest.raises(UsageError, match="'tpu'"):
         mqc.load(compiled("cuda"), device="tpu")
+    with pytest.raises(UsageError, match="'cuda:one'"):
+        mqc.load(compiled("cuda"), device="cuda:one")
 
 
 def test_runs_by_definition_and_answers_as_the_reference() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ import pytest
 import torch
 from fake_gpu import DEVICE, FakeGpu
 
+from mqc.backends.cuda import register
 from mqc.backends.cuda.engine import CudaEngine
-from mqc.backends.cuda.graphs import record_graph
+from mqc.backends.cuda.graphs import WARM_UP, record_graph
+from mqc.backends.cuda.launches import PROMPT, count_launches
+from mqc.backends.cuda.lower import lower
 from mqc.backends.cuda.native import NativeKernels
+from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.target import device_kernels, missing
 from mqc.cuda.library import TopKArgs
+from mqc.errors import TargetError
+from mqc.ir.types import is_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -66,7 +74,7 @@ def test_sweep(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, wgmma: bool) -> No
     assert len(kept.results) > 4
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "vision"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "vision", "order"])
 def test_model_part(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, prepared: Path, name: str
 ) -> None:
@@ -112,6 +120,107 @@ def test_engine(
     assert gpu.replays == 4 and {"attention", "top_k"} <= set(gpu.library.launches)
 
 
+def test_recurrent_layers(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory stays where the recorded step rewrites it, float32 beside caches of int8."""
+    program = lower(cuda_cases.quantized_family("minicpmv4_6")[0], "bf16")[0]
+    with gpu.running(monkeypatch):
+        kernels = NativeKernels(gpu.library, DEVICE, lambda: stream_of(DEVICE))
+        engine = CudaEngine(program, kernels, record=record_graph, kv_cache="int8", capacity=64)
+        (sequences,) = engine.empty_cache(3)
+        mask = torch.ones(3, 1, 9, 9, dtype=torch.bool)
+        inputs = {**prompt(program.components["decoder"], 3, 9), "mask": engine._mask(mask, True)}
+        engine.prefill(inputs, sequences, 0, True)
+        step = engine.decode_step(sequences, ())
+        places = [value.data_ptr() for value in step.slot.memory]
+        for past in (9, 10):
+            ids, positions = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
+            step.start(ids, positions, torch.ones(3, 1, 1, past + 1, dtype=torch.bool), past)
+            step.run()
+        assert [value.data_ptr() for value in step.slot.memory] == places
+    assert gpu.replays == 2 and len(places) == 4
+
+
+def test_launches_are_as_counted(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan says of launches is what a device gets; a linear is one, a step has few more."""
+    program = cuda_cases.lowered("tiny-qwen2-vl", "bf16").copy()
+    said = count_launches(program)
+    with gpu.running(monkeypatch):
+        kernels = NativeKernels(gpu.library, DEVICE, lambda: stream_of(DEVICE))
+        engine = CudaEngine(program, kernels, record=record_graph, capacity=64)
+        (sequences,) = engine.empty_cache(1)
+        sequences = engine._pool.with_room(sequences, PROMPT)
+        inputs = prompt(program.components["decoder"], 1, PROMPT)
+        mask = torch.ones(1, 1, PROMPT, PROMPT, dtype=torch.bool)
+        gpu.library.launches.clear()
+        engine.prefill({**inputs, "mask": engine._mask(mask, True)}, sequences, 0, True)
+        prefilled = Counter(gpu.library.launches)
+        gpu.library.launches.clear()
+        engine.decode_step(sequences, (3,))
+        found = {"prefill": prefilled, "decode": Counter(gpu.library.launches)}
+    runs = {"prefill": 1, "decode": WARM_UP + 1}
+    for phase, count in runs.items():
+        ours = {name: n for name, n in said[phase].items() if not name.startswith("torch")}
+        assert {name: n * count for name, n in ours.items()} == dict(found[phase])
+    linears = program.components["decoder"].graph.find_nodes(op="call_function", target=LINEAR)
+    assert said["decode"]["linear"] == len(linears)
+    torchs = {name: n for name, n in said["decode"].items() if name.startswith("torch")}
+    assert sum(torchs.values()) <= 16 and max(torchs.values()) == 2, torchs  # none in a layer
+
+
+def test_the_second_device(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine works on its device while another is the current one; so do kernels by themselves,
+    and torch's operators that lead to them."""
+    program = cuda_cases.lowered("tiny-qwen2-vl", "bf16").copy()
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr("mqc.cuda.library.load", lambda: gpu.library)
+    monkeypatch.setattr(register, "_made", {})
+    monkeypatch.setattr(register, "_libraries", [None])  # nothing is registered with torch
+    with gpu.running(monkeypatch):
+        kernels = device_kernels("cuda:1")
+        assert kernels.device == second and gpu.library.asked == {1}
+        engine = CudaEngine(program, kernels, record=record_graph, capacity=64)
+        embeds = engine.embed(torch.zeros(1, 5, dtype=torch.int64))
+        assert embeds.device == second
+        mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+        where, index = torch.zeros(3, 1, 5, dtype=torch.int64), torch.tensor([[4]])
+        text = torch.zeros(1, 5, dtype=torch.bool)
+        _, cache = engine.decoder(embeds, where, mask, index, text, engine.empty_cache(1))
+        mask, ids = torch.ones(1, 1, 1, 6, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+        engine.greedy_step(ids, torch.zeros(3, 1, 1, dtype=torch.int64), mask, cache)
+        assert gpu.replays == 1 and gpu.current == 0 and gpu.library.asked == {1}
+        x = torch.zeros(2, 64, device=second, dtype=torch.bfloat16)
+        kernels.hadamard(torch.empty_like(x), x, 32)
+        assert register.by_device("mqc::hadamard")(x, 32).device == second
+        with pytest.raises(TargetError, match="no kernels on cuda:0"):
+            register.by_device("mqc::hadamard")(x.to(DEVICE), 32)
+        wrong = NativeKernels(gpu.library, DEVICE)
+        with pytest.raises(AssertionError, match="on cuda:0 gets memory of cuda:1"):
+            wrong.hadamard(torch.empty_like(x), x, 32)
+        assert missing("cuda:1") == []
+        (lacks,) = missing("cuda:2")
+        assert "no device cuda:2, torch sees cuda:0, cuda:1" in lacks[0]
+
+
+def test_out_of_memory(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device refuses is said with a remedy, and the engine goes on."""
+    program = cuda_cases.lowered("tiny-qwen2-vl", "bf16").copy()
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB. Process 1 has 78 GiB."
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    with gpu.running(monkeypatch):
+        kernels = NativeKernels(gpu.library, DEVICE, lambda: stream_of(DEVICE))
+        engine = CudaEngine(program, kernels, record=record_graph, capacity=64)
+        ids = torch.zeros(1, 5, dtype=torch.int64)
+        with monkeypatch.context() as broken:
+            broken.setattr(engine, "_run", refuse)
+            with pytest.raises(TargetError, match=r"cuda:0 is not enough: .*2\.00 GiB") as caught:
+                engine.embed(ids)
+        assert "kv_cache=int8" in str(caught.value.hint) and "Process" not in caught.value.message
+        assert engine.embed(ids).shape[:2] == (1, 5)
+
+
 def prompt(decoder: Any, batch: int, tokens: int) -> dict[str, torch.Tensor]:
     sizes = {"batch": batch, "tokens": tokens, "rows": 1}
     return {
@@ -121,7 +230,7 @@ def prompt(decoder: Any, batch: int, tokens: int) -> dict[str, torch.Tensor]:
             device=DEVICE,
         )
         for port in decoder.inputs
-        if "capacity" not in port.axes and port.name not in ("past", "mask")
+        if not is_cache(port) and port.name not in ("past", "mask")
     }
 
 
@@ -174,6 +283,6 @@ def test_pointers_of_launches(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(AssertionError, match="freed"):
             gpu.library.launch("top_k", TopKArgs(**fields, **good))
         case = linear_case.LinearCase(3, 64, 128, linear_case.Options(), torch.Generator(DEVICE))
-        monkeypatch.setattr(gpu, "_stream", type(gpu._stream)(7))
+        monkeypatch.setattr(gpu, "_streams", [type(gpu._streams[0])(7, 0)])
         with pytest.raises(AssertionError, match="another stream"):
             gpu.library.launch("linear", case.arguments(torch.zeros(3, 64, device=DEVICE)), 0)

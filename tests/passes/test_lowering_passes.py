@@ -165,6 +165,9 @@ def test_attention_of_every_family(name: str) -> None:
     if before.components["decoder"].has_input("past_conv_0"):  # layers with a recurrent state
         assert record.skips and "layers" not in record.counts
         assert after.facts.get("cache") != "buffer"
+        after, record = run(FuseAttention(memory=True), before)
+        assert record.counts["layers"] == 2 and not record.skips
+        assert end_to_end_error(before, after, seed=3) <= 1e-12
         return
     assert record.counts["layers"] == 2 and not record.skips
     assert record.counts.get("rotary", 0) == (0 if name == "blip-2" else 2)
