@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,65 @@ def test_what_passed_is_kept(tmp_path: Path) -> None:
     report = tmp_path / "gpu_check.json"
     report.write_text(json.dumps({"parts": {"rows": done, "sweep": wrong, "small": hung}}))
     assert checking._kept(report) == {"rows": done} and checking._kept(None) == {}
+    report.write_text("{")  # a call that was ended while it wrote
+    assert checking._kept(report) == checking._kept(tmp_path / "none.json") == {}
+
+
+def test_which_library_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh build, else the one that stands, else nothing can be checked."""
+    built, standing = tmp_path / "built.so", tmp_path / "standing.so"
+    for file in (built, standing):
+        file.touch()
+    monkeypatch.setattr(checking, "library_path", lambda: standing)
+    monkeypatch.setattr(checking.build, "find_nvcc", lambda: tmp_path)
+    monkeypatch.setattr(checking.build, "build", lambda *_: built)
+    assert checking._library(None, tmp_path) == built.resolve()
+
+    def refuse(*_: Any) -> Path:
+        raise checking.build.BuildError("nvcc 11.8 is too old")
+
+    monkeypatch.setattr(checking.build, "build", refuse)
+    assert checking._library(None, tmp_path) == standing.resolve()
+    standing.unlink()
+    with pytest.raises(SystemExit, match="nvcc 11.8 is too old"):
+        checking._library(None, tmp_path)
+    monkeypatch.setattr(checking.build, "find_nvcc", lambda: None)
+    with pytest.raises(SystemExit, match="no nvcc to build it"):
+        checking._library(None, tmp_path)
+
+
+def test_little_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects, logs and the compiler's own files then lie beside the results."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "small"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "small").mkdir()
+    assert checking._work_folder(tmp_path / "out").parent == tmp_path / "small"
+    monkeypatch.setattr(checking, "ROOM", 1 << 60)
+    assert checking._work_folder(tmp_path / "out").parent == tmp_path / "out" / "work"
+    assert os.environ["TMPDIR"] == str(tmp_path / "out" / "work")
+
+
+def test_a_call_that_is_ended_keeps_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(name: str, *_: Any) -> dict[str, Any]:
+        if name == "rows":
+            raise KeyboardInterrupt
+        results = [{"case": "x", "wrong": 0}]
+        return {"state": "done", "seconds": 1.0, "last": "", "error": "", "results": results}
+
+    monkeypatch.setenv("MQC_CUDA_LIBRARY", "")
+    monkeypatch.setattr(checking, "_part", part)
+    monkeypatch.setattr(checking, "_library", lambda given, work: tmp_path / "lib.so")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    options = argparse.Namespace(
+        out=tmp_path, library=None, resume=None, seconds=60.0, only=["small", "rows"]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        checking._check(options)
+    assert list(checking._kept(tmp_path / "gpu_check.json")) == ["small"]
+    assert "small: done" in (tmp_path / "gpu_check.txt").read_text()
 
 
 def test_table() -> None:

@@ -67,6 +67,14 @@ def test_vision(prepared: Path) -> None:
     assert "vision 16 patches speedup" in values(b.recorder.results)
 
 
+def test_order(prepared: Path) -> None:
+    b = bench(prepared)
+    end_to_end.order(b)
+    assert "prefill 20: rows over aifs" in values(b.recorder.results)
+    (agree,) = (item for item in b.recorder.results if "apart" in item)
+    assert agree["apart"] < 0.02
+
+
 def test_accuracy(prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     quick = ["weights.method=rtn", "weights.clip=false"]
@@ -87,7 +95,7 @@ def test_dry_run_of_the_command(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "o" / "gpu_check.json").read_text())
-    parts = ["model-accuracy", "model-decode", "model-prefill", "model-vision"]
+    parts = ["model-accuracy", "model-decode", "model-prefill", "model-vision", "model-order"]
     assert list(report["parts"]) == parts and "dry run" in report["device"]
     assert "speedup" in result.stdout
 

@@ -25,20 +25,26 @@ from tools.gpu_check.prepare import FOLDER
 from tools.gpu_check.table import render, summary
 
 SANITIZER_SECONDS = 75
+ROOM = 1 << 29
+"""Bytes that a build of the library needs at most."""
 
 
 def _library(given: Path | None, work: Path) -> Path:
     """The library to check: the one given, a fresh build (one that stands may be older than the
-    sources), or where there is no compiler the one that stands."""
-    found = given
+    sources), or where there is no compiler that can build it the one that stands."""
+    found, why = given, "no nvcc to build it"
     if found is None and build.find_nvcc() is not None:
         start = time.monotonic()
-        found = build.build(work / build.FILE_NAME, work / "objects")
-        print(f"built {build.FILE_NAME} in {time.monotonic() - start:.0f} s", flush=True)
+        try:
+            found = build.build(work / build.FILE_NAME, work / "objects")
+            print(f"built {build.FILE_NAME} in {time.monotonic() - start:.0f} s", flush=True)
+        except build.BuildError as error:
+            why = f"it cannot be built: {error}"
     if found is None:
         found = library_path()
-    if found is None:
-        sys.exit("error: no libmqc_cuda.so, and no nvcc to build it: name one with --library")
+        print(f"{why}; checking {found}", flush=True)
+    if found is None or not found.is_file():
+        sys.exit(f"error: no libmqc_cuda.so, and {why}: name one with --library")
     return found.resolve()
 
 
@@ -156,14 +162,14 @@ def _check(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU: this check runs on a machine that has one")
     end = time.monotonic() + options.seconds
-    work = Path(tempfile.mkdtemp(prefix="mqc-gpu-check-"))
+    work = _work_folder(out)
     library = _library(options.library, work)
     os.environ[PATH_VARIABLE] = str(library)  # parts that open an artifact find it so
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "driver": _driver(),
-        "library": library.name,
+        "library": str(library.relative_to(ROOT) if library.is_relative_to(ROOT) else library),
         "parts": _kept(options.resume),
     }
     for name in options.only or parts.ORDER:
@@ -179,8 +185,8 @@ def _check(options: argparse.Namespace) -> int:
         report["parts"][name] = part
         wrong = sum(bool(r.get("wrong")) for r in part["results"])
         print(f"{name}: {part['state']}, {part['seconds']:.0f} s, {wrong} wrong", flush=True)
-        (out / "gpu_check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (out / "gpu_check.txt").write_text(render(report) + "\n", encoding="utf-8")
+        _write(out, report)  # after every part: a call that is ended keeps what it found
+    _write(out, report)
     print(summary(report))
     shutil.rmtree(work, ignore_errors=True)
     wrong = any(r.get("wrong") for part in report["parts"].values() for r in part["results"])
@@ -188,11 +194,30 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if wrong or failed else 0
 
 
+def _write(out: Path, report: dict[str, Any]) -> None:
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (out / "gpu_check.txt").write_text(render(report) + "\n", encoding="utf-8")
+
+
+def _work_folder(out: Path) -> Path:
+    """A folder for objects and logs; beside the results where there is little room for temporary
+    files, the compiler's among them."""
+    if shutil.disk_usage(tempfile.gettempdir()).free < ROOM:
+        place = out.resolve() / "work"
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(place)
+    return Path(tempfile.mkdtemp(prefix="mqc-gpu-check-"))
+
+
 def _kept(resume: Path | None) -> dict[str, Any]:
     """Parts of an earlier report that were finished."""
     if resume is None:
         return {}
-    found: dict[str, Any] = json.loads(resume.read_text(encoding="utf-8"))["parts"]
+    try:
+        found: dict[str, Any] = json.loads(resume.read_text(encoding="utf-8"))["parts"]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"nothing is kept of {resume}: {error}", flush=True)
+        return {}
     return {
         name: part
         for name, part in found.items()

@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,22 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: prompt lengths, (batch, past, steps) of decoding, patches, evaluation rows."""
+    """What is run: prompt lengths, (batch, past, steps) of decoding, patches, tokens of the prompt
+    whose rows are reordered, evaluation rows."""
 
     prompts: tuple[int, ...] = (1024, 4096, 16384)
     decodes: tuple[int, ...] = (1, 16, 64)
     past: int = 1024
     steps: int = 32
     patches: tuple[int, int] = (64, 64)
+    order: int = 4096
     rows: int = 200
     repeats: int = 5
 
 
-DRY = Plan((9, 20), (1, 3), 6, 2, (4, 4), 3, 1)
+APART = 0.2
+"""Two ways through random layers: a sum in another order tips int8 steps, layer after layer."""
+DRY = Plan((9, 20), (1, 3), 6, 2, (4, 4), 20, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,44 @@ def decode(bench: Bench) -> None:
                 speedup = theirs / found[batch, label]
                 bench.recorder.add(name=f"{label} batch {batch} speedup", unit="x", value=speedup)
         del caches
+
+
+def order(bench: Bench) -> None:
+    """Visual rows in front (``aifs``) against rows that look their scale up, one prompt: whether
+    the answers agree, and whether the target's default is what is faster."""
+    tokens = bench.plan.order
+    seconds, logits, inputs = {}, {}, None
+    for name, file in (("rows", bench.prepared), ("aifs", bench.prepared.with_name(model.AIFS))):
+        if not bench.recorder.start(f"prefill {tokens}, {name}"):
+            return
+        engine, _ = replace(bench, prepared=file).engine(capacity=tokens)
+        inputs = inputs or prefill_inputs(engine, tokens)
+        seconds[name], logits[name] = _prefill_once(bench, engine, inputs, tokens)
+        bench.recorder.add(name=f"prefill {tokens}, {name}", unit="ms", value=seconds[name] * 1e3)
+        del engine
+        _release(bench)
+    faster = seconds["aifs"] / seconds["rows"]
+    bench.recorder.add(name=f"prefill {tokens}: rows over aifs", unit="x", value=faster)
+    apart = float((logits["aifs"] - logits["rows"]).norm() / logits["rows"].norm())
+    wrong = "" if apart < APART else f"logits differ by {apart:.3f} of their size"
+    bench.recorder.add(case=f"prefill {tokens}: rows and aifs agree", wrong=wrong, apart=apart)
+
+
+@torch.inference_mode()
+def _prefill_once(
+    bench: Bench, engine: CudaEngine, inputs: dict[str, Any], tokens: int
+) -> tuple[float, Tensor]:
+    """Seconds and logits of a prompt; its mask is read where rows are reordered."""
+    (sequences,) = engine.empty_cache(1)
+    sequences = engine._pool.with_room(sequences, tokens)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+    placed = {**inputs, "mask": engine._mask(mask, causal=True)}
+
+    def run() -> Tensor:
+        return engine.prefill(dict(placed), sequences, 0, causal=True)
+
+    logits = run().float()
+    return bench.seconds(run), logits
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mqc.backends.cuda.ops import LINEAR
 from mqc.ir import Component, Link, ParamStore, Program, TensorType
 from mqc.ir.edit import argument, aten, call, eliminate_dead_code, get_param, replace, tensor_type
 from mqc.ir.serialize import component_from_json, component_to_json
+from mqc.passes.aifs_reorder import AifsReorder
+from mqc.passes.cleanup import Cleanup
 from mqc.passes.modality_split import INPUT
 from mqc.pipeline import make_passes
 from mqc.spec import named_scheme
@@ -32,6 +35,8 @@ from mqc.transform import PassContext, PassManager
 _mqc = torch.ops.mqc
 PASSES = ("canonicalize", "fuse-norm", "hadamard-fuse", "hadamard-online", "modality-split")
 PREPARED = "model.json.gz"
+AIFS = "model-aifs.json.gz"
+"""The same with the decoder's visual rows in front."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ class RandomQuantize:
         return get_param(self.program, graph, hint, torch.empty(shape, dtype=dtype, device="meta"))
 
 
-def make_program(sizes: Sizes, dtype: str) -> Program:
-    """The lowered program; parameters of layers are meta tensors, constants have their values."""
+def make_program(sizes: Sizes) -> Program:
+    """A quantized program; parameters of layers are meta tensors, constants have their values."""
     from mqc.capture import capture_shapes
 
     program = capture_shapes(sizes.config())
@@ -174,7 +179,7 @@ def make_program(sizes: Sizes, dtype: str) -> Program:
     program = PassManager(make_passes(PASSES, scheme)).run(program, PassContext(seed=0))
     _without_storage(program)
     RandomQuantize(program).run()
-    return lower(program, dtype)[0]
+    return program
 
 
 def _without_storage(program: Program) -> None:
@@ -188,8 +193,17 @@ def _without_storage(program: Program) -> None:
 
 
 def prepare(folder: Path, sizes: Sizes, dtype: str) -> Path:
-    """Write a program's graphs and constants as one file; returns its path."""
-    program = make_program(sizes, dtype)
+    """Write the graphs and constants of a program whose rows keep their order, and of the same with
+    visual rows in front, each as one file; returns the first's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = make_program(sizes)
+    passes = PassManager([AifsReorder(), Cleanup()])
+    ordered = passes.run(program.copy(), PassContext(seed=0))
+    _write(lower(ordered, dtype)[0], sizes, dtype, folder / AIFS)
+    return _write(lower(program, dtype)[0], sizes, dtype, folder / PREPARED)
+
+
+def _write(program: Program, sizes: Sizes, dtype: str, path: Path) -> Path:
     used = set().union(*(part.param_names() for part in program))
     real = {name: program.params[name] for name in used if not program.params[name].is_meta}
     data = {
@@ -202,22 +216,21 @@ def prepare(folder: Path, sizes: Sizes, dtype: str) -> Path:
             for name, value in sorted(real.items())
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PREPARED
     text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
     path.write_bytes(gzip.compress(text, mtime=0))
     return path
 
 
 def load(path: Path, device: torch.device, seed: int = 0) -> tuple[Program, Sizes]:
-    """A prepared program with random weights on ``device``."""
+    """A prepared program with random weights on ``device``, the same in every program by their
+    names; without values on "meta"."""
     data = json.loads(gzip.decompress(path.read_bytes()))
     components = [component_from_json(item) for item in data["components"]]
     params = ParamStore()
     for name, entry in data["constants"].items():
         dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         params[name] = torch.tensor(entry["values"], dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device)
     for part in components:
         scales = _scales(part)
         for node in part.graph.find_nodes(op="get_attr"):
@@ -225,8 +238,11 @@ def load(path: Path, device: torch.device, seed: int = 0) -> tuple[Program, Size
             assert isinstance(kind, TensorType)
             if name not in params:
                 shape = tuple(int(size) for size in kind.shape)
-                value = scales.get(name)
-                params[name] = random(shape, kind.dtype, generator, value)
+                if generator is None:
+                    params[name] = torch.empty(shape, dtype=kind.dtype, device=device)
+                else:
+                    generator.manual_seed(seed + zlib.crc32(name.encode()))
+                    params[name] = random(shape, kind.dtype, generator, scales.get(name))
     program = Program(
         {part.name: part for part in components},
         params,

@@ -89,14 +89,16 @@ PARTS = {
     "model-decode": Part(120, _model(end_to_end.decode)),
     "model-prefill": Part(90, _model(end_to_end.prefill)),
     "model-vision": Part(60, _model(end_to_end.vision)),
+    "model-order": Part(60, _model(end_to_end.order)),
     "onnx-cuda": Part(
         60, lambda c: onnx_cuda.run(c.recorder, FOLDER / ONNX_ARTIFACT, c.library.path)
     ),
 }
-# Right first, then whole models, then what explains their speed: a call may not reach the end.
+# Whether anything is wrong, the speed of whole models and their answers, then every kernel at every
+# size, then what explains the speed: a call may not reach the end.
 ORDER = (
-    *("small", "sweep-wgmma", "sweep", "rows", "model-accuracy"),
-    *("ceilings", "model-decode", "model-prefill", "linear-timings", "model-vision"),
+    *("small", "ceilings", "sweep-wgmma", "model-decode", "model-prefill", "model-accuracy"),
+    *("sweep", "rows", "linear-timings", "model-vision", "model-order"),
     *("attention-timings", "row-timings", "sanitizer", "onnx-cuda"),
 )
 MODEL_PARTS = tuple(name for name in PARTS if name.startswith("model-"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mqc.backends.cuda.launches import META, count_launches
 from tools.gpu_check import ROOT, model
 
 FOLDER = ROOT / "out" / "prepared"
@@ -20,7 +21,11 @@ def prepare(folder: Path, sizes: model.Sizes, dtype: str, *, quick: bool = False
     """Write both into ``folder``; ``quick`` rounds weights and calibrates on few rows."""
     import mqc
 
-    print(f"{model.prepare(folder, sizes, dtype)}", flush=True)
+    file = model.prepare(folder, sizes, dtype)
+    print(f"{file}: {file.stat().st_size / 1e3:.0f} kB", flush=True)
+    for phase, kinds in count_launches(model.load(file, META)[0]).items():
+        named = ", ".join(f"{name} {count}" for name, count in kinds.items())
+        print(f"  launches, {phase}: {sum(kinds.values())} ({named})", flush=True)
     overrides = ["weights.method=rtn", "weights.clip=false"] if quick else []
     out, samples = folder / ARTIFACT, 8 if quick else 256
     report = mqc.compile(
@@ -45,9 +50,9 @@ def prepare_onnx(folder: Path, *, quick: bool = False) -> None:
 
 
 def prepared(folder: Path) -> tuple[Path, Path]:
-    """The two files' places, made where they are missing."""
+    """Places of the large model's graphs and of the artifact, made where they are missing."""
     file, artifact = folder / model.PREPARED, folder / ARTIFACT
-    if not (file.is_file() and artifact.is_dir()):
+    if not (file.is_file() and (folder / model.AIFS).is_file() and artifact.is_dir()):
         prepare(folder, model.Sizes(), "bf16")
     return file, artifact
 
