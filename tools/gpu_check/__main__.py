@@ -21,7 +21,8 @@ from mqc.cuda import build
 from mqc.cuda.library import PATH_VARIABLE, library_path
 from tools.gpu_check import ROOT, parts
 from tools.gpu_check.common import Recorder
-from tools.gpu_check.prepare import FOLDER
+from tools.gpu_check.model import PREPARED, TINY
+from tools.gpu_check.prepare import FOLDER, prepare
 from tools.gpu_check.table import render, summary
 
 SANITIZER_SECONDS = 75
@@ -226,9 +227,13 @@ def _kept(resume: Path | None) -> dict[str, Any]:
 
 
 def _dry(options: argparse.Namespace) -> int:
-    """The model parts on this machine's CPU, at the sizes of what was prepared."""
+    """The model parts on this machine's CPU, at the sizes of what was prepared: tiny ones, made
+    where they are missing. What is prepared for a GPU would take hours here."""
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    folder: Path = options.prepared or FOLDER.with_name("prepared-tiny")
+    if not (folder / PREPARED).is_file():
+        prepare(folder, TINY, "bf16", quick=True)
     report: dict[str, Any] = {
         "device": "cpu (dry run: kernels by definition, no timing means anything)",
         "torch": torch.__version__,
@@ -239,7 +244,7 @@ def _dry(options: argparse.Namespace) -> int:
         start, state, error = time.monotonic(), "done", ""
         recorder = Recorder(out / f"{name}.jsonl", start + options.seconds)
         try:
-            parts.dry_run(name, options.prepared, recorder)
+            parts.dry_run(name, folder, recorder)
         except Exception:  # noqa: BLE001  (one part's failure leaves the others)
             state, error = "failed", traceback.format_exc()[-1500:]
         report["parts"][name] = {
@@ -267,7 +272,7 @@ def main() -> None:
     parser.add_argument("--part", choices=list(parts.PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="the model parts on the CPU")
-    parser.add_argument("--prepared", type=Path, default=FOLDER, help=argparse.SUPPRESS)
+    parser.add_argument("--prepared", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         parts.run_part(options.part, options.library, options.log, options.seconds)
