@@ -1,32 +1,24 @@
-// The weight-only linear: checks, scratch memory, and the loops over rows, channels and threads.
+// The weight-only linear: its scratch memory, and the loops over rows, channels and threads.
 #include "mqc_float_linear.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
 
-#include "linear.h"
+#include "linear_entry.h"
 #include "simd/float_linear.h"
 #include "simd/table.h"
 
 namespace mqc {
 namespace {
 
-constexpr int64_t kThreads = 256;
-constexpr int64_t kLine = 64;
 constexpr int64_t kSpanBytes = 1 << 20;  // packed rows that stay in the second-level cache
 
-// How a call is cut up. Row tiles are of equal height, give or take one.
-struct FloatPlan {
+struct FloatPlan : Cut {
     const FloatKernel* kernel;
-    Sizes s;
     bool direct;
-    int64_t blocks;        // weight blocks of a strip
-    int64_t strips, chunk, chunks;  // a unit of work has `chunk` strips
-    int64_t row_tiles, spans;
-    int64_t steps;  // of 8 inputs, of all groups
-    int64_t threads;
+    int64_t blocks;  // weight blocks of a strip
+    int64_t steps;   // of 8 inputs, of all groups
     int64_t x_bytes, panel_bytes, thread_bytes;
 };
 
@@ -35,53 +27,36 @@ struct FloatJob {
     FloatPlan plan;
     float* x;  // row tiles, each [steps * 8, rows]
     uint8_t* scratch;
-    std::atomic<int64_t> next;
+    std::atomic<int64_t> next;  // the unit of work to take
+
+    static bool fits(const mqc_float_linear_call&) { return true; }
+    static bool complete(const mqc_float_linear_call& c) { return c.x; }
+    static FloatPlan plan_of(const mqc_float_linear_call& c, const Sizes& s, int64_t threads);
+    static int64_t bytes_of(const FloatPlan& p) { return p.x_bytes + p.threads * p.thread_bytes; }
+    void run(uint8_t* at, const mqc_threads* threads);
 };
 
-mqc_status check(const mqc_float_linear_call* c, Sizes* s) {
-    if (!c) return MQC_BAD_POINTER;
-    const mqc_status status = sizes_of(&c->shape, s);
-    if (status != MQC_OK) return status;
-    return c->m < 0 || c->m > kMaxSize || c->split < 0 || c->split > kMaxK ? MQC_BAD_SHAPE : MQC_OK;
-}
-
-mqc_status check_pointers(const mqc_float_linear_call* c) {
-    const bool there = c->packed && c->w_scale && c->x && c->y &&
-                       (c->split == 0 || (c->x_split && c->w_split));
-    return there ? MQC_OK : MQC_BAD_POINTER;
-}
-
-FloatPlan plan_of(const mqc_float_linear_call* c, const Sizes& s, int64_t threads) {
+FloatPlan FloatJob::plan_of(const mqc_float_linear_call& c, const Sizes& s, int64_t threads) {
     FloatPlan p;
     p.kernel = &float_kernel();
     p.s = s;
-    p.direct = c->m <= kDirectRows;
+    p.direct = c.m <= kDirectRows;
     p.blocks = p.direct ? 1 : p.kernel->blocks;
     p.steps = s.groups * s.group_k / 8;
     const int64_t rows = p.direct ? p.kernel->few_rows : p.kernel->rows, row = p.steps * 8 * 4;
-    p.row_tiles = (c->m + rows - 1) / rows;
+    p.set_rows(c.m, rows);
     // Weights are made float once for a span of rows: it has more than a hundred of them.
     int64_t tiles = kSpanBytes / (row * rows);
     if (tiles * rows < 112) tiles = (111 + rows) / rows;
     p.spans = p.direct ? 1 : (p.row_tiles + tiles - 1) / tiles;
-    p.strips = (s.blocks + p.blocks - 1) / p.blocks;
-    p.threads = threads < 1 ? 1 : threads > kThreads ? kThreads : threads;
-    // Several chunks a thread, so that a thread that starts late takes fewer of them.
-    const int64_t pieces = p.threads == 1 ? 1 : p.threads * 8;
-    p.chunk = (p.strips + pieces - 1) / pieces;
-    p.chunks = (p.strips + p.chunk - 1) / p.chunk;
-    p.x_bytes = round_up(c->m * row, kLine);
+    p.set_strips(p.blocks, threads);
+    p.x_bytes = round_up(c.m * row, kLine);
     p.panel_bytes = p.direct ? 0 : kPanelSteps * 8 * p.blocks * kBlock * 4;
     // Sums of the row tiles of a span.
     const int64_t span_tiles = p.spans ? (p.row_tiles + p.spans - 1) / p.spans : 0;
     p.thread_bytes = p.panel_bytes + round_up(span_tiles * rows * p.blocks * kBlock * 4, kLine);
     return p;
 }
-
-int64_t bytes_of(const FloatPlan& p) { return kLine + p.x_bytes + p.threads * p.thread_bytes; }
-
-// Rows of row tile i: [first_row(i), first_row(i + 1)).
-int64_t first_row(const FloatJob& job, int64_t i) { return i * job.call->m / job.plan.row_tiles; }
 
 const float* tile_rows(const FloatJob& job, int64_t row) {
     return job.x + row * job.plan.steps * 8;
@@ -90,10 +65,11 @@ const float* tile_rows(const FloatJob& job, int64_t row) {
 // Interleaves the rows of a tile; groups are padded to whole steps.
 void pack_task(void* context, size_t index) {
     const FloatJob& job = *static_cast<FloatJob*>(context);
-    const Sizes& s = job.plan.s;
+    const FloatPlan& p = job.plan;
+    const Sizes& s = p.s;
     const int64_t i = static_cast<int64_t>(index);
-    const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
-    float* out = job.x + row * job.plan.steps * 8;
+    const int64_t row = p.first_row(i), rows = p.first_row(i + 1) - row;
+    float* out = job.x + row * p.steps * 8;
     for (int64_t g = 0; g < s.groups; g++) {
         const float* in = job.call->x + row * s.k + g * s.group;
         if (rows == 1)
@@ -141,7 +117,7 @@ void direct_strip(const FloatJob& job, int64_t block) {
     const int64_t channels = c.shape.n - column < kBlock ? c.shape.n - column : kBlock;
     float sums[kDirectRows * kBlock];
     for (int64_t i = 0; i < p.row_tiles; i++) {
-        const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
+        const int64_t row = p.first_row(i), rows = p.first_row(i + 1) - row;
         p.kernel->direct(p.s.bits, rows, tile_rows(job, row),
                          static_cast<const uint8_t*>(c.packed) + block * p.s.block_bytes,
                          c.w_scale + block * p.s.groups * kBlock, p.s.groups, p.s.group_k / 8,
@@ -158,7 +134,7 @@ void panel_strip(const FloatJob& job, int64_t index, int64_t from, int64_t to, u
     const bool whole = p.s.blocks - block >= p.blocks;  // else its first block stands for the others
     float* panel = reinterpret_cast<float*>(scratch);
     float* sums = reinterpret_cast<float*>(scratch + p.panel_bytes);
-    const int64_t first = first_row(job, from);
+    const int64_t first = p.first_row(from);
     for (int64_t step = 0; step < p.steps; step += kPanelSteps) {
         const int64_t steps = p.steps - step < kPanelSteps ? p.steps - step : kPanelSteps;
         p.kernel->unpack(p.s.bits,
@@ -166,12 +142,12 @@ void panel_strip(const FloatJob& job, int64_t index, int64_t from, int64_t to, u
                          whole ? p.s.block_bytes : 0, c.w_scale + block * p.s.groups * kBlock,
                          whole ? p.s.groups * kBlock : 0, p.s.group_k / 8, step, steps, panel);
         for (int64_t i = from; i < to; i++) {
-            const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
+            const int64_t row = p.first_row(i), rows = p.first_row(i + 1) - row;
             p.kernel->multiply(rows, tile_rows(job, row) + step * 8 * rows, panel, steps, step > 0,
                                sums + (row - first) * width);
         }
     }
-    finish(c, first, first_row(job, to) - first, column, channels, sums, width);
+    finish(c, first, p.first_row(to) - first, column, channels, sums, width);
 }
 
 // Takes units of work (a chunk of strips times a span of rows) until none is left.
@@ -182,62 +158,34 @@ void multiply_task(void* context, size_t index) {
     for (;;) {
         const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
         if (unit >= p.chunks * p.spans) return;
-        const int64_t span = unit / p.chunks, from = unit % p.chunks * p.chunk;
-        const int64_t to = from + p.chunk < p.strips ? from + p.chunk : p.strips;
-        for (int64_t i = from; i < to; i++) {
+        const int64_t span = unit / p.chunks, part = unit % p.chunks;
+        for (int64_t i = part * p.chunk; i < p.end_strip(part); i++) {
             if (p.direct)
                 direct_strip(job, i);
             else
-                panel_strip(job, i, span * p.row_tiles / p.spans,
-                            (span + 1) * p.row_tiles / p.spans, scratch);
+                panel_strip(job, i, p.first_tile(span), p.first_tile(span + 1), scratch);
         }
     }
 }
 
-void run(FloatJob* job, uint8_t* memory, const mqc_threads* threads) {
-    const FloatPlan& p = job->plan;
-    uint8_t* at = reinterpret_cast<uint8_t*>(
-        round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)), kLine));
-    job->x = reinterpret_cast<float*>(at);
-    job->scratch = at + p.x_bytes;
-    job->next.store(0, std::memory_order_relaxed);
-    const bool parallel = p.threads > 1;
-    if (parallel && p.row_tiles > 1 && job->call->m * p.s.k >= 1 << 15) {
-        threads->parallel_for(threads->pool, static_cast<size_t>(p.row_tiles), pack_task, job);
-    } else {
-        for (int64_t i = 0; i < p.row_tiles; i++) pack_task(job, static_cast<size_t>(i));
-    }
-    if (parallel && p.chunks * p.spans > 1)
-        threads->parallel_for(threads->pool, static_cast<size_t>(p.threads), multiply_task, job);
+void FloatJob::run(uint8_t* at, const mqc_threads* threads) {
+    x = reinterpret_cast<float*>(at);
+    scratch = at + plan.x_bytes;
+    next.store(0, std::memory_order_relaxed);
+    if (plan.threads > 1 && plan.row_tiles > 1 && call->m * plan.s.k >= 1 << 15)
+        threads->parallel_for(threads->pool, static_cast<size_t>(plan.row_tiles), pack_task, this);
     else
-        multiply_task(job, 0);
+        for (int64_t i = 0; i < plan.row_tiles; i++) pack_task(this, static_cast<size_t>(i));
+    run_tasks(plan, threads, multiply_task, this);
 }
 
 }  // namespace
 }  // namespace mqc
 
 int64_t mqc_float_linear_workspace_bytes(const mqc_float_linear_call* call, int32_t threads) {
-    mqc::Sizes s;
-    const mqc_status status = mqc::check(call, &s);
-    return status == MQC_OK ? mqc::bytes_of(mqc::plan_of(call, s, threads)) : status;
+    return mqc::workspace_bytes<mqc::FloatJob>(call, threads);
 }
 
 mqc_status mqc_float_linear(const mqc_float_linear_call* call, const mqc_threads* threads) {
-    mqc::FloatJob job;
-    mqc::Sizes s;
-    mqc_status status = mqc::check(call, &s);
-    if (status != MQC_OK || call->m == 0) return status;
-    status = mqc::check_pointers(call);
-    if (status != MQC_OK) return status;
-    const bool parallel = threads && threads->parallel_for && threads->threads > 1;
-    job.call = call;
-    job.plan = mqc::plan_of(call, s, parallel ? threads->threads : 1);
-    void* own = nullptr;
-    if (!call->workspace) {
-        own = malloc(static_cast<size_t>(mqc::bytes_of(job.plan)));
-        if (!own) return MQC_NO_MEMORY;
-    }
-    mqc::run(&job, static_cast<uint8_t*>(own ? own : call->workspace), threads);
-    free(own);
-    return MQC_OK;
+    return mqc::run_linear<mqc::FloatJob>(call, threads);
 }

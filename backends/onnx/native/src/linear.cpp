@@ -1,5 +1,4 @@
-// The linear: checks, scratch memory, and the loops over rows, channels and threads.
-#include <stdlib.h>
+// The linear of integers: its scratch memory, and the loops over rows, channels and threads.
 #include <string.h>
 #include <unistd.h>
 
@@ -7,13 +6,11 @@
 #include <new>
 #include <thread>
 
-#include "linear.h"
+#include "linear_entry.h"
 
 namespace mqc {
 namespace {
 
-constexpr int64_t kThreads = 256;
-constexpr int64_t kLine = 64;
 // Row tiles that share an unpacked panel, at least, where there are as many.
 constexpr int64_t kShare = 8;
 
@@ -26,18 +23,10 @@ int64_t cache_bytes() {
     return 1 << 20;
 }
 
-// How a call is cut up. Row tiles are of equal height, give or take one.
-struct Plan {
+struct Plan : Cut {
     const LinearIsa* isa;
-    Sizes s;
-    int64_t padded;      // inputs of a group in x and in panels
-    bool panel;          // weights go through an unpacked panel
-    int64_t row_tiles;   // of all rows
-    int64_t spans;       // of row tiles whose packed rows fit the cache
-    int64_t strips;      // of isa->blocks weight blocks
-    int64_t chunk;       // strips of a unit of work
-    int64_t chunks;
-    int64_t threads;
+    int64_t padded;  // inputs of a group in x and in panels
+    bool panel;      // weights go through an unpacked panel
     int64_t x_bytes, correction_bytes, scale_bytes, left_bytes, panel_bytes, thread_bytes;
 };
 
@@ -52,35 +41,31 @@ struct Job {
     Count* left;       // of each span: row tiles that are not packed yet
     uint8_t* scratch;  // thread_bytes for every task
     Count next;        // the ticket to take
+
+    static bool fits(const mqc_linear_call& c);
+    static bool complete(const mqc_linear_call& c);
+    static Plan plan_of(const mqc_linear_call& c, const Sizes& s, int64_t threads);
+    static int64_t bytes_of(const Plan& p);
+    void run(uint8_t* at, const mqc_threads* threads);
 };
 
-mqc_status check(const mqc_linear_call* c, Sizes* s) {
-    if (!c) return MQC_BAD_POINTER;
-    const mqc_status status = sizes_of(&c->shape, s);
-    if (status != MQC_OK) return status;
-    if (c->m < 0 || c->m > kMaxSize || c->split < 0 || c->split > kMaxK) return MQC_BAD_SHAPE;
-    if (c->modality_form < MQC_MODALITY_NONE || c->modality_form > MQC_MODALITY_COUNT)
-        return MQC_BAD_SHAPE;
-    if (c->modality_form == MQC_MODALITY_COUNT && c->m > 0 &&
-        (c->sequence < 1 || c->m % c->sequence))
-        return MQC_BAD_SHAPE;
-    return MQC_OK;
+bool Job::fits(const mqc_linear_call& c) {
+    if (c.modality_form < MQC_MODALITY_NONE || c.modality_form > MQC_MODALITY_COUNT) return false;
+    const bool counts = c.modality_form == MQC_MODALITY_COUNT && c.m > 0;
+    return !counts || (c.sequence >= 1 && c.m % c.sequence == 0);
 }
 
-mqc_status check_pointers(const mqc_linear_call* c) {
-    const bool there = c->packed && c->w_scale && c->x_scale && c->xq && c->y &&
-                       (c->modality_form == MQC_MODALITY_NONE || c->modality) &&
-                       (c->split == 0 || (c->x_split && c->w_split));
-    return there ? MQC_OK : MQC_BAD_POINTER;
+bool Job::complete(const mqc_linear_call& c) {
+    return c.x_scale && c.xq && (c.modality_form == MQC_MODALITY_NONE || c.modality);
 }
 
-Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
+Plan Job::plan_of(const mqc_linear_call& c, const Sizes& s, int64_t threads) {
     Plan p;
     p.isa = &linear_isa();
-    if (p.isa->few && c->m <= p.isa->few_rows) p.isa = p.isa->few;
+    if (p.isa->few && c.m <= p.isa->few_rows) p.isa = p.isa->few;
     p.s = s;
     p.padded = round_up(s.group_k, p.isa->k_step);
-    p.row_tiles = (c->m + p.isa->rows - 1) / p.isa->rows;
+    p.set_rows(c.m, p.isa->rows);
     // Tiles that read packed 4-bit weights unpack them in registers; in memory pays from the third on.
     p.panel = s.bits == 4 ? p.isa->panel || p.row_tiles > 2 : p.padded != s.group_k;
     const int64_t row = s.groups * p.padded;
@@ -88,16 +73,11 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
     int64_t tiles = cache_bytes() * 3 / 8 / (row * p.isa->rows);
     if (tiles < kShare) tiles = kShare;
     p.spans = (p.row_tiles + tiles - 1) / tiles;
-    p.strips = (s.blocks + p.isa->blocks - 1) / p.isa->blocks;
-    p.threads = threads < 1 ? 1 : threads > kThreads ? kThreads : threads;
-    // Several chunks a thread, so that a thread that starts late takes fewer of them.
-    const int64_t pieces = p.threads == 1 ? 1 : p.threads * 8;
-    p.chunk = (p.strips + pieces - 1) / pieces;
-    p.chunks = (p.strips + p.chunk - 1) / p.chunk;
+    p.set_strips(p.isa->blocks, threads);
     // A tile may read, and ignore, rows past the last one.
-    p.x_bytes = round_up(c->m * row + kMaxRows * kLine, kLine);
-    p.correction_bytes = round_up(c->m * s.groups * 4, kLine);
-    p.scale_bytes = round_up(c->m * 4, kLine);
+    p.x_bytes = round_up(c.m * row + kMaxRows * kLine, kLine);
+    p.correction_bytes = round_up(c.m * s.groups * 4, kLine);
+    p.scale_bytes = round_up(c.m * 4, kLine);
     p.left_bytes = round_up(p.spans * static_cast<int64_t>(sizeof(Count)), kLine);
     p.panel_bytes = p.panel ? p.isa->blocks * row * kBlock : 0;
     // The last strip's tile: y, residual, bias.
@@ -106,18 +86,10 @@ Plan plan_of(const mqc_linear_call* c, const Sizes& s, int64_t threads) {
     return p;
 }
 
-int64_t bytes_of(const Plan& p) {
-    return kLine + p.x_bytes + p.correction_bytes + p.scale_bytes + p.left_bytes +
+int64_t Job::bytes_of(const Plan& p) {
+    return p.x_bytes + p.correction_bytes + p.scale_bytes + p.left_bytes +
            p.threads * p.thread_bytes;
 }
-
-// Rows of row tile i: [first(i), first(i + 1)).
-int64_t first_row(const Job& job, int64_t i) {
-    return i * job.call->m / job.plan.row_tiles;
-}
-
-// Row tiles of span i: [first_tile(i), first_tile(i + 1)).
-int64_t first_tile(const Plan& p, int64_t i) { return i * p.row_tiles / p.spans; }
 
 void fill_scales(const mqc_linear_call& c, float* scale) {
     const uint8_t* mask = static_cast<const uint8_t*>(c.modality);
@@ -133,7 +105,7 @@ void fill_scales(const mqc_linear_call& c, float* scale) {
 
 void pack_tile(const Job& job, int64_t i) {
     const Plan& p = job.plan;
-    const int64_t row = first_row(job, i), rows = first_row(job, i + 1) - row;
+    const int64_t row = p.first_row(i), rows = p.first_row(i + 1) - row;
     p.isa->pack_rows(static_cast<const uint8_t*>(job.call->xq) + row * p.s.k, rows, p.s, p.padded,
                      job.call->x_unsigned ? 0x80 : 0, job.x + row * p.s.groups * p.padded,
                      job.correction + row * p.s.groups);
@@ -214,8 +186,8 @@ void strip(const Job& job, int64_t index, int64_t tile_from, int64_t tile_to, ui
     t.ahead_end = t.ahead + part;
     const int64_t steps = p.s.groups * p.padded / 8;
     for (int64_t i = tile_from; i < tile_to; i++) {
-        const int64_t row = first_row(job, i);
-        t.rows = first_row(job, i + 1) - row;
+        const int64_t row = p.first_row(i);
+        t.rows = p.first_row(i + 1) - row;
         t.x = job.x + row * p.s.groups * p.padded;
         t.correction = job.correction + row * p.s.groups;
         t.x_scale = job.x_scale + row;
@@ -253,7 +225,7 @@ void linear_task(void* context, size_t index) {
     int64_t ticket = job.next.fetch_add(1, std::memory_order_relaxed);
     int64_t first = 0;  // ticket of the span
     for (int64_t span = 0; span < p.spans; span++) {
-        const int64_t tile_from = first_tile(p, span), tile_to = first_tile(p, span + 1);
+        const int64_t tile_from = p.first_tile(span), tile_to = p.first_tile(span + 1);
         const int64_t packing = first + tile_to - tile_from, end = packing + p.chunks;
         for (; ticket < end; ticket = job.next.fetch_add(1, std::memory_order_relaxed)) {
             if (ticket < packing) {
@@ -262,59 +234,35 @@ void linear_task(void* context, size_t index) {
                 continue;
             }
             while (job.left[span].load(std::memory_order_acquire) > 0) std::this_thread::yield();
-            const int64_t from = (ticket - packing) * p.chunk;
-            const int64_t to = from + p.chunk < p.strips ? from + p.chunk : p.strips;
-            for (int64_t i = from; i < to; i++) strip(job, i, tile_from, tile_to, scratch);
+            const int64_t unit = ticket - packing;
+            for (int64_t i = unit * p.chunk; i < p.end_strip(unit); i++)
+                strip(job, i, tile_from, tile_to, scratch);
         }
         first = end;
     }
     if (p.isa->end) p.isa->end();
 }
 
-void run(Job* job, uint8_t* memory, const mqc_threads* threads) {
-    const Plan& p = job->plan;
-    uint8_t* at = reinterpret_cast<uint8_t*>(
-        round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)), kLine));
-    job->x = reinterpret_cast<int8_t*>(at);
-    job->correction = reinterpret_cast<int32_t*>(at += p.x_bytes);
-    job->x_scale = reinterpret_cast<float*>(at += p.correction_bytes);
-    job->left = reinterpret_cast<Count*>(at += p.scale_bytes);
-    job->scratch = at + p.left_bytes;
-    job->next.store(0, std::memory_order_relaxed);
-    for (int64_t i = 0; i < p.spans; i++)
-        new (job->left + i) Count(first_tile(p, i + 1) - first_tile(p, i));
-    fill_scales(*job->call, job->x_scale);
-    if (p.threads > 1 && p.chunks * p.spans > 1)
-        threads->parallel_for(threads->pool, static_cast<size_t>(p.threads), linear_task, job);
-    else
-        linear_task(job, 0);
+void Job::run(uint8_t* at, const mqc_threads* threads) {
+    x = reinterpret_cast<int8_t*>(at);
+    correction = reinterpret_cast<int32_t*>(at += plan.x_bytes);
+    x_scale = reinterpret_cast<float*>(at += plan.correction_bytes);
+    left = reinterpret_cast<Count*>(at += plan.scale_bytes);
+    scratch = at + plan.left_bytes;
+    next.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < plan.spans; i++)
+        new (left + i) Count(plan.first_tile(i + 1) - plan.first_tile(i));
+    fill_scales(*call, x_scale);
+    run_tasks(plan, threads, linear_task, this);
 }
 
 }  // namespace
 }  // namespace mqc
 
 int64_t mqc_linear_workspace_bytes(const mqc_linear_call* call, int32_t threads) {
-    mqc::Sizes s;
-    const mqc_status status = mqc::check(call, &s);
-    return status == MQC_OK ? mqc::bytes_of(mqc::plan_of(call, s, threads)) : status;
+    return mqc::workspace_bytes<mqc::Job>(call, threads);
 }
 
 mqc_status mqc_linear(const mqc_linear_call* call, const mqc_threads* threads) {
-    mqc::Job job;
-    mqc::Sizes s;
-    mqc_status status = mqc::check(call, &s);
-    if (status != MQC_OK || call->m == 0) return status;
-    status = mqc::check_pointers(call);
-    if (status != MQC_OK) return status;
-    const bool parallel = threads && threads->parallel_for && threads->threads > 1;
-    job.call = call;
-    job.plan = mqc::plan_of(call, s, parallel ? threads->threads : 1);
-    void* own = nullptr;
-    if (!call->workspace) {
-        own = malloc(static_cast<size_t>(mqc::bytes_of(job.plan)));
-        if (!own) return MQC_NO_MEMORY;
-    }
-    mqc::run(&job, static_cast<uint8_t*>(own ? own : call->workspace), threads);
-    free(own);
-    return MQC_OK;
+    return mqc::run_linear<mqc::Job>(call, threads);
 }
