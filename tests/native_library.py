@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from mqc.backends.onnx.kernels import Kernels
-from mqc.backends.onnx.library import THREADS_ENTRY, build_hint, ops_library
+from mqc.backends.onnx.library import MODEL_ENTRY, THREADS_ENTRY, build_hint, ops_library
 
 LIBRARY = ops_library()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no operator library: {build_hint()}")
@@ -116,14 +118,27 @@ def functions() -> ctypes.CDLL:
     return library
 
 
-def session(model: bytes | str, *, native: bool, threads: int = 1) -> ort.InferenceSession:
-    """A session of a model (or its path) through the library's kernels, or the bodies alone."""
+def session(
+    model: bytes | str, *, native: bool, threads: int = 1, every: bool = False
+) -> ort.InferenceSession:
+    """A session of a model (or its path) through the library's kernels, or the bodies alone.
+
+    The library registers the operators that the model holds, as for an artifact; with ``every`` it
+    registers all, as for a host that does not name the model's file, which takes far longer.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if native:
         options.add_session_config_entry(THREADS_ENTRY, str(threads))
-        options.register_custom_ops_library(str(LIBRARY))
+        if every:
+            options.register_custom_ops_library(str(LIBRARY))
+        else:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(model if isinstance(model, bytes) else Path(model).read_bytes())
+                file.flush()
+                options.add_session_config_entry(MODEL_ENTRY, file.name)
+                options.register_custom_ops_library(str(LIBRARY))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
