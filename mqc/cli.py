@@ -27,7 +27,7 @@ app = typer.Typer(
     cls=common.Group,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -66,6 +66,7 @@ app.command("demo", hidden=True)(demo_command)
 
 def main() -> None:
     """Entry point of the console script."""
+    common.prepare_streams()
     try:
         app()
     except KeyboardInterrupt:  # before a command runs, or while it ends

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,49 +29,98 @@ INTERRUPTED = 130
 PIPE_WIDTH = 160
 """Columns of tables that go to a file or pipe."""
 
+STEP_SECONDS = 30.0
+"""How often a stage says how far it is where no terminal shows bars."""
+
+QUANTIZATION, CALIBRATION = "Quantization", "Calibration"
+FAULTS, CHECKPOINT = "Finding faults", "Checkpoint"
+"""Headings of options in help texts."""
+
+_OUTSIDE = {
+    getattr(errno, name)
+    for name in "EACCES EDQUOT EEXIST EFBIG EIO EISDIR EMFILE ENOSPC ENOTDIR EPERM EROFS".split()
+}
+"""What the system refuses for reasons of its own: no fault of mqc's to report."""
+
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, hub id, or embedded model such as tiny-qwen2-vl.")
 ]
 ArtifactPath = Annotated[Path, typer.Argument(help="Folder that mqc compile wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run the checkpoint's code.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let transformers run the checkpoint's code.",
+        rich_help_panel=CHECKPOINT,
+    ),
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+    str | None,
+    typer.Option(
+        "--revision", help="Branch, tag or commit of a hub id.", rich_help_panel=CHECKPOINT
+    ),
 ]
 VerifyEach = Annotated[
     bool,
     typer.Option(
         "--verify-each",
         help="Prove, in float64, that each such pass leaves the logits as they are.",
+        rich_help_panel=FAULTS,
     ),
 ]
 DumpAfter = Annotated[
     list[str] | None,
-    typer.Option("--dump-after", help="Write the program's text after this pass, or after all."),
+    typer.Option(
+        "--dump-after",
+        help="Write the program's text after this pass, or after all.",
+        rich_help_panel=FAULTS,
+    ),
 ]
-DumpFolder = Annotated[Path, typer.Option("--dump-dir", help="Folder for these texts.")]
+DumpFolder = Annotated[
+    Path, typer.Option("--dump-dir", help="Folder for these texts.", rich_help_panel=FAULTS)
+]
 PassLimit = Annotated[
     int | None,
-    typer.Option("--pass-limit", min=0, help="Stop rewriting after this many rewrites (bisect)."),
+    typer.Option(
+        "--pass-limit",
+        min=0,
+        help="Stop rewriting after this many rewrites (bisect).",
+        rich_help_panel=FAULTS,
+    ),
 ]
 SchemeName = Annotated[
     str | None,
-    typer.Option("--scheme", help="Named scheme: w4a8 (default), w4a8-all, w8a8, w4a16, float..."),
+    typer.Option(
+        "--scheme",
+        help="Named scheme: w4a8 (default), w4a8-all, w8a8, w4a16, float...",
+        rich_help_panel=QUANTIZATION,
+    ),
 ]
 RecipeSource = Annotated[
-    str | None, typer.Option("--recipe", help="YAML recipe, or the name of a shipped one.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="YAML recipe, or the name of a shipped one.",
+        rich_help_panel=QUANTIZATION,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a field: --set decoder.weights.bits=3 (repeatable)."),
+    typer.Option(
+        "--set",
+        help="Override a field: --set decoder.weights.bits=3 (repeatable).",
+        rich_help_panel=QUANTIZATION,
+    ),
 ]
 Runtime = Annotated[
     list[str] | None,
     typer.Option(help="Option of the target: --runtime kv_cache=int8 (repeatable)."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the rotations' signs.")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of the rotations' signs.", rich_help_panel=QUANTIZATION),
+]
 
 
 def stdout() -> Console:
@@ -82,8 +134,21 @@ def stderr() -> Console:
 
 
 def print_json(data: Any) -> None:
-    """``data`` as JSON on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    """``data`` as JSON on stdout, in ASCII where stdout is not UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    ascii_only = encoding.lower().replace("-", "") != "utf8"
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=str))
+
+
+def prepare_streams() -> None:
+    """A closed stream swallows what is written; characters it cannot show are no error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            sink = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (until the exit)
+            setattr(sys, name, sink)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -101,7 +166,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 class ProgressReporter:
     """Two bars on stderr: stages of the whole call, and steps inside the stage.
 
-    Only terminals see bars; elsewhere each stage is one line.
+    Only terminals see bars; elsewhere each stage is a line, and a long one says now and then how
+    far it is.
     """
 
     def __init__(self, progress: Progress, console: Console) -> None:
@@ -110,6 +176,7 @@ class ProgressReporter:
         self._console = console
         self._stage = progress.add_task("starting", total=None)
         self._step = progress.add_task("", total=None, visible=False)
+        self._told = time.monotonic()
 
     def _go_on(self) -> None:
         if self.interrupted:
@@ -122,6 +189,7 @@ class ProgressReporter:
         self._progress.update(self._step, visible=False)
         if not self._console.is_terminal and name != "done":
             self._console.print(f"[{index + 1}/{count}] {name}", markup=False)
+            self._told = time.monotonic()
 
     def step(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``what`` inside the stage are finished."""
@@ -129,6 +197,9 @@ class ProgressReporter:
         self._progress.update(
             self._step, description=f"  {what}", completed=done, total=total, visible=done < total
         )
+        if not self._console.is_terminal and time.monotonic() - self._told > STEP_SECONDS:
+            self._console.print(f"  {what}: {done} of {total}", markup=False)
+            self._told = time.monotonic()
 
 
 def key_values(texts: Sequence[str]) -> dict[str, Any]:
@@ -206,6 +277,11 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     if isinstance(error, MqcError):
         message, hint = error.message + notes, error.hint
         console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    elif isinstance(error, OSError) and error.errno in _OUTSIDE:
+        place = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror}{place}{notes}"
+        hint = "check the place, its permissions and the free space"
+        console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     else:
         message = f"{type(error).__name__}: {error}{notes}"
         hint = "run again with --debug for the trace, and report it"
@@ -240,6 +316,10 @@ class Group(TyperGroup):
         except Exception as error:
             # The parser's own errors (wrong option, Exit) and a closed pipe are the framework's.
             if _is_frameworks(error):
+                if ctx.obj["json"] and hasattr(error, "format_message"):
+                    message = str(error.format_message())
+                    entry = {"type": "UsageError", "message": message, "hint": None}
+                    print_json({"error": entry})
                 raise
             raise typer.Exit(self._report(ctx, error)) from error
 

@@ -15,24 +15,53 @@ if TYPE_CHECKING:
     from mqc.transform import PassRecord
 
 Vision = Annotated[
-    str | None, typer.Option(help="Bits of the vision tower: w8a8, w4a8, w8a16, float...")
+    str | None,
+    typer.Option(
+        help="Bits of the vision tower: w8a8, w4a8, w8a16, float...",
+        rich_help_panel=common.QUANTIZATION,
+    ),
 ]
 Decoder = Annotated[
-    str | None, typer.Option(help="Bits of the language model: w4a8, w3g64a8, w4a16, float...")
+    str | None,
+    typer.Option(
+        help="Bits of the language model: w4a8, w3g64a8, w4a16, float...",
+        rich_help_panel=common.QUANTIZATION,
+    ),
 ]
-Head = Annotated[int | None, typer.Option(help="Weight bits of the head that gives the logits.")]
+Head = Annotated[
+    int | None,
+    typer.Option(
+        help="Weight bits of the head that gives the logits.", rich_help_panel=common.QUANTIZATION
+    ),
+]
 Embeddings = Annotated[
-    bool | None, typer.Option("--embeddings/--no-embeddings", help="8-bit embedding table.")
+    bool | None,
+    typer.Option(
+        "--embeddings/--no-embeddings",
+        help="8-bit embedding table.",
+        rich_help_panel=common.QUANTIZATION,
+    ),
 ]
 KvCache = Annotated[
     str | None,
-    typer.Option("--kv-cache", help="Keys and values as float (default), or int8 by rows."),
+    typer.Option(
+        "--kv-cache",
+        help="Keys and values as float (default), or int8 by rows.",
+        rich_help_panel=common.QUANTIZATION,
+    ),
 ]
 CalibrationSource = Annotated[
     str | None,
-    typer.Option("--calibration", help="Folder of images, or JSONL of chat messages."),
+    typer.Option(
+        "--calibration",
+        help="Folder of images, or JSONL of chat messages.",
+        rich_help_panel=common.CALIBRATION,
+    ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration rows used, at most.")]
+Samples = Annotated[
+    int,
+    typer.Option(min=1, help="Calibration rows used, at most.", rich_help_panel=common.CALIBRATION),
+]
 
 
 def compile_command(
@@ -50,7 +79,12 @@ def compile_command(
     embeddings: Embeddings = None,
     kv_cache: KvCache = None,
     passes: Annotated[
-        list[str] | None, typer.Option("--pass", help="Custom pass, module:Class (repeatable).")
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            help="Custom pass, module:Class (repeatable).",
+            rich_help_panel=common.QUANTIZATION,
+        ),
     ] = None,
     calibration: CalibrationSource = None,
     samples: Samples = 256,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -61,6 +63,8 @@ def test_every_command_has_help_with_an_example_and_json(name: str) -> None:
         (["opt", "tiny-qwen2-vl", "--passes", " , "], "names no pass"),
         (["opt", "tiny-qwen2-vl", "--passes", "cleanupp"], "did you mean 'cleanup'?"),
         (["passes", "--scheme", "zzz"], "unknown scheme 'zzz'"),
+        (["compile", "tiny-qwen2-vl", "--scheme", "W4A8"], "did you mean 'w4a8'?"),
+        (["compile", "tiny-qwen2-vl", "--scheme", ""], "unknown scheme ''"),
         (["compile"], "Missing argument"),
         (["compile", "tiny-qwen2-vl", "--no-such-option"], "No such option"),
         (["frobnicate"], "No such command"),
@@ -97,6 +101,53 @@ def test_json_errors_and_debug(tmp_path: Path) -> None:
     assert error["hint"]
     result = run("inspect", str(tmp_path), "--debug", code=1)
     assert "Traceback" in result.stderr
+
+
+def test_wrong_usage_is_json_too() -> None:
+    """Whoever asked for JSON gets it for errors of the command line itself as well."""
+    for args in (["inspect", "--json"], ["compile", "a", "--samples", "none", "--json"]):
+        found = json.loads(run(*args, code=2).stdout)
+        assert found["error"]["type"] == "UsageError" and found["error"]["message"]
+
+
+def test_options_that_have_no_effect_are_refused() -> None:
+    assert "no video" in run("run", "folder", "--prompt", "a", "--fps", "1", code=2).stderr
+
+
+def test_what_the_system_refuses_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/a.json")
+    assert common.report_error(error, debug=False, as_json=False) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device: /full/a.json" in message and "internal" not in message
+
+
+def test_streams_that_are_closed_or_know_few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(sys, "stderr", None)
+    common.prepare_streams()
+    print("größe", flush=True)
+    common.print_json({"größe": 1})
+    common.stderr().print("unheard")
+    sys.stderr.close()
+    narrow.flush()
+    text = narrow.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert text.startswith("gr??e\n")
+    assert json.loads(text.partition("\n")[2]) == {"größe": 1}
+
+
+def test_a_long_stage_says_how_far_it_is_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, lines in ((3600.0, 1), (-1.0, 3)):
+        monkeypatch.setattr(common, "STEP_SECONDS", seconds)
+        with common.progress_bars() as reporter:
+            reporter.stage("quantize-weights", 0, 1)
+            for done in range(2):
+                reporter.step("layers", done, 2)
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == "[1/1] quantize-weights" and len(told) == lines
+    assert told[-1].strip() == "layers: 1 of 2"
 
 
 def test_report_error_codes(capsys: pytest.CaptureFixture[str]) -> None:
