@@ -18,12 +18,14 @@ from mqc.errors import TargetError, UsageError
 from mqc.host import ProgramEngine, Runnable, append_answer
 from mqc.host.cache import KV_CACHE
 from mqc.host.score import answer_ids
-from mqc.ir import Program, Scratch, load_program, save_program
+from mqc.ir import NamedScratch, Program, Scratch, load_program, save_program
 from mqc.models import EMBEDDED
+from mqc.partial import Partial, asked_key, data_key
 from mqc.pipeline import default_passes, make_passes
 from mqc.progress import Reporter, Silent, Stages
 from mqc.spec import Scheme
 from mqc.transform import Pass, PassContext, PassManager, PassRecord
+from mqc.transform.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from mqc.host import Prompt
@@ -32,22 +34,29 @@ CALIBRATION_SAMPLES = 256
 
 
 class FolderDump:
-    """Writes a program's text after a pass as ``NN-pass.txt`` into a folder."""
+    """Writes a program's text after a pass as ``NN-pass.txt`` into a folder.
 
-    def __init__(self, folder: str | Path) -> None:
+    ``first``: the number of the first text, where an earlier run wrote those before it.
+    """
+
+    def __init__(self, folder: str | Path, first: int = 0) -> None:
         self.folder = Path(folder)
+        self.first = first
         self.files: list[Path] = []
 
     def __call__(self, pass_name: str, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{len(self.files):02d}-{pass_name}.txt"
+        path = self.folder / f"{self.first + len(self.files):02d}-{pass_name}.txt"
         path.write_text(text, encoding="utf-8")
         self.files.append(path)
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """A finished compile: where the artifact is, what was done, sizes in bytes."""
+    """A finished compile: where the artifact is, what was done, sizes in bytes.
+
+    ``resumed`` says what an earlier, unfinished run had done; ``seconds`` are those of this run.
+    """
 
     artifact: Path
     target: str
@@ -57,6 +66,7 @@ class CompileReport:
     source_bytes: int
     artifact_bytes: int
     seconds: float
+    resumed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +78,7 @@ class CompileReport:
             "source_bytes": self.source_bytes,
             "artifact_bytes": self.artifact_bytes,
             "seconds": round(self.seconds, 3),
+            "resumed": self.resumed,
         }
 
 
@@ -79,6 +90,15 @@ class PassOptions:
     dump_after: Collection[str] = ()
     dump_folder: str | Path = "mqc-dump"
     limit: int | None = None
+
+    def key(self) -> dict[str, Any]:
+        """The options as JSON data."""
+        dumps = {"after": sorted(self.dump_after), "folder": str(self.dump_folder)}
+        return {
+            "verify_each": self.verify_each,
+            "limit": self.limit,
+            "dumps": dumps if self.dump_after else None,
+        }
 
 
 def compile(  # noqa: A001  (mqc.compile)
@@ -97,9 +117,14 @@ def compile(  # noqa: A001  (mqc.compile)
     options: PassOptions | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    resume: bool = True,
     reporter: Reporter | None = None,
 ) -> CompileReport:
     """Compile a checkpoint into an artifact folder.
+
+    A long compile keeps what it has finished in the folder ``<out>.partial`` on the same disk: at
+    most one copy of the weights in float32, gone when the artifact stands. Where a compile was
+    killed or failed, the next one with the same arguments goes on there, and writes the same bytes.
 
     Args:
         model: folder in the Hugging Face layout, hub id, or embedded model's name.
@@ -114,10 +139,14 @@ def compile(  # noqa: A001  (mqc.compile)
         seed: of the rotations' signs; the scheme's where None.
         options: verification, dumps, bisection.
         revision, trust_remote_code: as in transformers.
+        resume: go on where an unfinished compile of the same arguments stopped; False throws away
+            what it kept.
         reporter: told how far the compile is.
 
     Raises:
-        MqcError: of the kind that fits; nothing stands at ``out`` then.
+        MqcError: of the kind that fits; nothing stands at ``out`` then. :class:`UsageError` where
+            an unfinished compile of other arguments is kept; :class:`ArtifactError` where another
+            process compiles into ``out``.
     """
     start = time.perf_counter()
     report = reporter or Silent()
@@ -128,7 +157,11 @@ def compile(  # noqa: A001  (mqc.compile)
     stages = Stages(report, ["capture", *(item.name for item in pipeline), "emit"])
     folder = checkpoint_folder(model, revision)
     place = Path(out) if out else Path(f"{Path(model).name}-{plan.name}-{backend.name}")
-    with ArtifactWriter(place) as writer:
+    chosen_options = options or PassOptions()
+    _check_dumps(chosen_options, pipeline)
+    with Partial(place, fresh=not resume) as partial, ArtifactWriter(place) as writer:
+        asked = asked_key(plan, pipeline, chosen_options.key())
+        partial.require(asked)
         stages.enter("capture")
         program = capture(
             model,
@@ -136,13 +169,18 @@ def compile(  # noqa: A001  (mqc.compile)
             trust_remote_code=trust_remote_code,
             progress=report.step,
         )
-        assert writer.folder is not None
-        program.params.scratch = Scratch(writer.folder)
+        program.params.scratch = NamedScratch(partial.folder)
         data = _calibration_rows(plan, program, calibration, samples)
+        key = {**asked, **data_key(program, folder, data)}
+        partial.require(key)
+        checkpoints = Checkpoints(partial.folder, program, partial.keep_key(key), report.note)
         calibrated = None
         if data is not None:
             calibrated = _prompts(data, program, folder, trust_remote_code)
-        program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
+        context = PassContext(plan, calibrated, plan.seed, limit=chosen_options.limit)
+        program, records, resumed = _run_passes(
+            pipeline, program, context, chosen_options, stages, checkpoints
+        )
         stages.enter("emit")
         if plan.kv_cache != "float":
             program.facts = {**program.facts, KV_CACHE: plan.kv_cache}
@@ -167,6 +205,7 @@ def compile(  # noqa: A001  (mqc.compile)
         sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         folder_size(place),
         time.perf_counter() - start,
+        resumed,
     )
 
 
@@ -206,7 +245,10 @@ def opt(
         if data is not None:
             folder = _model_folder(source, program)
             calibrated = _prompts(data, program, folder, trust_remote_code)
-    program, records = _run_passes(pipeline, program, plan, calibrated, options, stages)
+    chosen_options = options or PassOptions()
+    _check_dumps(chosen_options, pipeline)
+    context = PassContext(plan, calibrated, plan.seed, limit=chosen_options.limit)
+    program, records, _ = _run_passes(pipeline, program, context, chosen_options, stages)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,22 +273,26 @@ def _usable_target(name: str, device: str | None) -> Target:
     return chosen
 
 
-def _run_passes(
-    pipeline: Sequence[Pass],
-    program: Program,
-    scheme: Scheme,
-    calibration: list[Prompt] | None,
-    options: PassOptions | None,
-    stages: Stages,
-) -> tuple[Program, list[PassRecord]]:
-    chosen = options or PassOptions()
-    names = {item.name for item in pipeline}
-    unknown = set(chosen.dump_after) - names - {"all"}
+def _check_dumps(options: PassOptions, pipeline: Sequence[Pass]) -> None:
+    names = [item.name for item in pipeline]
+    unknown = set(options.dump_after) - set(names) - {"all"}
     if unknown:
         raise UsageError(
             f"--dump-after names {', '.join(sorted(unknown))}, which is not in the pipeline",
-            hint=f"the passes are: {', '.join(item.name for item in pipeline)}, or all",
+            hint=f"the passes are: {', '.join(names)}, or all",
         )
+
+
+def _run_passes(
+    pipeline: Sequence[Pass],
+    program: Program,
+    context: PassContext,
+    options: PassOptions,
+    stages: Stages,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[Program, list[PassRecord], str | None]:
+    """The program after all passes, their records, and where they went on, if not at the start."""
+    names = [item.name for item in pipeline]
 
     def progress(what: str, done: int, total: int) -> None:
         if what in names or what == "done":
@@ -254,14 +300,23 @@ def _run_passes(
         else:
             stages.reporter.step(what, done, total)
 
+    context.progress = progress
+    state, resumed = None, None
+    if checkpoints is not None:
+        state = checkpoints.restore()
+        resumed = checkpoints.kept(names, state)
+        if resumed is not None:
+            stages.reporter.note(f"continues {resumed}; --fresh starts over")
+    done = [] if state is None else [record.name for record in state.records]
+    dumped = sum("all" in options.dump_after or name in options.dump_after for name in done)
     manager = PassManager(
         pipeline,
-        verify_each=chosen.verify_each,
-        dump_after=tuple(chosen.dump_after),
-        dump=FolderDump(chosen.dump_folder),
+        verify_each=options.verify_each,
+        dump_after=tuple(options.dump_after),
+        dump=FolderDump(options.dump_folder, dumped),
+        checkpoints=checkpoints,
     )
-    context = PassContext(scheme, calibration, scheme.seed, progress, chosen.limit)
-    return manager.run(program, context), manager.records
+    return manager.run(program, context, state), manager.records, resumed
 
 
 def _embedded_name(facts: Mapping[str, Any]) -> str | None:

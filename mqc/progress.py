@@ -15,6 +15,9 @@ class Reporter(Protocol):
     def step(self, what: str, done: int, total: int) -> None:
         """Inside the stage, ``done`` of ``total`` steps of ``what`` are finished."""
 
+    def note(self, text: str) -> None:
+        """Something the user should know, though the call goes on; one line."""
+
 
 class Silent:
     """The default reporter."""
@@ -23,6 +26,9 @@ class Silent:
         return None
 
     def step(self, what: str, done: int, total: int) -> None:
+        return None
+
+    def note(self, text: str) -> None:
         return None
 
 

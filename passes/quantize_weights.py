@@ -123,20 +123,20 @@ class _Quantizer:
         self.ctx = ctx
         self.rows = rows_of(component)
         self.hessians: dict[tuple[fx.Node, Modality | None], Tensor] = {}
+        self.without_rows: set[tuple[fx.Node, Modality]] = set()
 
     def run(self) -> None:
         """Round to nearest: no data needed."""
         for index, node in enumerate(self.plan):
             self.ctx.progress(f"quantize {self.component.name}", index, len(self.plan))
             if self.ctx.take():
-                self._replace(node, None)
+                self._replace(node, self._integers(node))
 
     def run_calibrated(self, samples: Sequence[Sample]) -> None:
         def visit(node: fx.Node, values: Values) -> Sequence[fx.Node] | None:
             if node not in self.plan or not self.ctx.take():
                 return None
-            hessian = self._hessian(node, values) if self.plan[node].method == "gptq" else None
-            return self._replace(node, hessian)
+            return self._replace(node, self._integers(node, values))
 
         name = f"quantize {self.component.name}"
         walk(
@@ -147,14 +147,62 @@ class _Quantizer:
             lambda done, total: self.ctx.progress(name, done, total),
         )
 
-    def _hessian(self, node: fx.Node, values: Values) -> Tensor | None:
+    def _integers(self, node: fx.Node, values: Values | None = None) -> QuantizedWeight:
+        """A layer's weight in integers, found or, where a killed compile goes on, recalled."""
+        spec, source = self.plan[node], _source(node)
+        group = self._group_size(source, spec)
+        if spec.method != "gptq" or not is_linear(node):
+            values = None
+        if values is not None:
+            self._check_rows(node, values)
+        part = self.ctx.journal.recall(f"{self.component.name}.%{node.name}")
+        if part is None:
+            hessian = None if values is None else self._hessian(node, values)
+            weight = param_value(self.program.params, source)
+            assert weight is not None
+            try:
+                quantized = _quantize(weight.to(torch.float32), spec, group, hessian)
+            except Exception as error:
+                error.add_note(f"while quantizing {_layer(source)}")
+                raise
+            detail = self._detail(_layer(source), weight, quantized, hessian)
+            part = {"q": quantized.q, "scale": quantized.scale}, detail
+            self.ctx.journal.keep(f"{self.component.name}.%{node.name}", *part)
+        tensors, detail = part
+        self.result.counts[f"w{spec.bits}"] += 1
+        self.result.details.append(detail)
+        assert spec.bits is not None
+        return QuantizedWeight(tensors["q"], tensors["scale"], spec.bits, group)
+
+    def _group_size(self, source: fx.Node, spec: WeightSpec) -> int | None:
+        group, width = spec.group_size, tensor_type(source).shape[1]
+        assert isinstance(width, int)
+        if group is not None and width % group:
+            reason = f"groups of {group} do not divide {width}: one scale per channel"
+            self.result.skips.append(Skip(_layer(source), reason))
+            return None
+        return group
+
+    def _check_rows(self, node: fx.Node, values: Values) -> None:
+        """Say where the weights of one modality's expert find no rows of their own."""
+        wanted, value = self.rows.get(node), node.args[0]
+        assert isinstance(value, fx.Node)
+        if wanted is None or (value, wanted) in self.without_rows:
+            return
+        masks = values(self.component.placeholder(MASK))
+        if not any(bool((m == (wanted is Modality.VISUAL)).any()) for m in masks):
+            self.without_rows.add((value, wanted))
+            where = f"{self.component.name}.%{node.name}"
+            reason = f"no {wanted.name.lower()} rows in the calibration set: all rows are used"
+            self.result.skips.append(Skip(where, reason))
+
+    def _hessian(self, node: fx.Node, values: Values) -> Tensor:
         """Second moments of the inputs; shared by all linears that read the same value.
 
         The weights of one modality's expert see its rows alone, where calibration has any.
         """
         value = node.args[0]
-        if not (isinstance(value, fx.Node) and is_linear(node)):
-            return None
+        assert isinstance(value, fx.Node)
         key = (value, self.rows.get(node))
         if key not in self.hessians:
             if any(known is not value for known, _ in self.hessians):
@@ -169,31 +217,15 @@ class _Quantizer:
 
     def _inputs(self, node: fx.Node, value: fx.Node, values: Values) -> Sequence[Tensor]:
         wanted = self.rows.get(node)
-        if wanted is None:
+        if wanted is None or (value, wanted) in self.without_rows:
             return values(value)
         masks = values(self.component.placeholder(MASK))
         visual = wanted is Modality.VISUAL
         parts = [x[m == visual] for x, m in zip(values(value), masks, strict=True)]
-        if any(len(part) for part in parts):
-            return [part for part in parts if len(part)]
-        where = f"{self.component.name}.%{node.name}"
-        reason = f"no {wanted.name.lower()} rows in the calibration set: all rows are used"
-        self.result.skips.append(Skip(where, reason))
-        return values(value)
+        return [part for part in parts if len(part)]
 
-    def _replace(self, node: fx.Node, hessian: Tensor | None) -> list[fx.Node]:
-        spec = self.plan[node]
-        source = node.args[0] if node.target == aten.embedding.default else node.args[1]
-        assert isinstance(source, fx.Node)
-        weight = param_value(self.program.params, source)
-        assert weight is not None and spec.bits is not None
-        name = str(source.target).partition("~")[0]
-        try:
-            quantized = self._quantize(name, weight.to(torch.float32), spec, hessian)
-        except Exception as error:
-            error.add_note(f"while quantizing {name}")
-            raise
-        self._record(name, weight, quantized, spec, hessian)
+    def _replace(self, node: fx.Node, quantized: QuantizedWeight) -> list[fx.Node]:
+        name = _layer(_source(node))
         graph, dtype = node.graph, self.program.dtype
         with graph.inserting_before(node):
             integers = quantized.q if quantized.bits == 8 else quantized.packed()
@@ -212,44 +244,14 @@ class _Quantizer:
         replace(node, new)
         return [new]
 
-    def _quantize(
-        self, name: str, weight: Tensor, spec: WeightSpec, hessian: Tensor | None
-    ) -> QuantizedWeight:
-        assert spec.bits is not None
-        group = spec.group_size
-        if group is not None and weight.shape[1] % group:
-            reason = f"groups of {group} do not divide {weight.shape[1]}: one scale per channel"
-            self.result.skips.append(Skip(name, reason))
-            group = None
-        clip = ClipSearch() if spec.clip else None
-        if hessian is None:
-            return quantize_rtn(weight, spec.bits, group_size=group, clip=clip)
-        return gptq_quantize(
-            weight,
-            hessian,
-            bits=spec.bits,
-            group_size=group,
-            clip=clip,
-            damping=spec.damping,
-            act_order=spec.act_order,
-            block_size=spec.blocksize,
-            frozen=(weight == 0).all(dim=0),
-        )
-
-    def _record(
-        self,
-        name: str,
-        weight: Tensor,
-        quantized: QuantizedWeight,
-        spec: WeightSpec,
-        hessian: Tensor | None,
-    ) -> None:
-        self.result.counts[f"w{spec.bits}"] += 1
+    def _detail(
+        self, name: str, weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None
+    ) -> dict[str, Any]:
         restored = quantized.dequantize()
         detail = {
             "layer": name,
             "component": self.component.name,
-            "bits": spec.bits,
+            "bits": quantized.bits,
             "group_size": quantized.group_size,
             "method": "gptq" if hessian is not None else "rtn",
             "shape": list(weight.shape),
@@ -262,4 +264,36 @@ class _Quantizer:
             if signal > 0 and noise > 0:
                 ratio = torch.tensor(signal / noise)
                 detail["output_sqnr_db"] = round(float(10 * torch.log10(ratio)), 2)
-        self.result.details.append(detail)
+        return detail
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The parameter that a linear or an embedding reads."""
+    source = node.args[0] if node.target == aten.embedding.default else node.args[1]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _layer(source: fx.Node) -> str:
+    """The checkpoint's name of a weight."""
+    return str(source.target).partition("~")[0]
+
+
+def _quantize(
+    weight: Tensor, spec: WeightSpec, group: int | None, hessian: Tensor | None
+) -> QuantizedWeight:
+    assert spec.bits is not None
+    clip = ClipSearch() if spec.clip else None
+    if hessian is None:
+        return quantize_rtn(weight, spec.bits, group_size=group, clip=clip)
+    return gptq_quantize(
+        weight,
+        hessian,
+        bits=spec.bits,
+        group_size=group,
+        clip=clip,
+        damping=spec.damping,
+        act_order=spec.act_order,
+        block_size=spec.blocksize,
+        frozen=(weight == 0).all(dim=0),
+    )

@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {
         "",
         "compiler",
+        "partial",
         "evaluation",
         "inspection",
         "planning",

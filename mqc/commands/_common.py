@@ -201,6 +201,10 @@ class ProgressReporter:
             self._console.print(f"  {what}: {done} of {total}", markup=False)
             self._told = time.monotonic()
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
 
 def key_values(texts: Sequence[str]) -> dict[str, Any]:
     """``["kv_cache=int8", "graphs=false"]`` as a mapping, values read as YAML.
@@ -269,11 +273,13 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     console = stderr()
     if debug:
         traceback.print_exception(error)
+    told = list(getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        console.print("interrupted; nothing was written")
+        told = told or ["nothing was written"]
+        console.print("; ".join(["interrupted", *told]), markup=False, soft_wrap=True)
         return INTERRUPTED
     hint: str | None
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    notes = "".join(f" ({note})" for note in told)
     if isinstance(error, MqcError):
         message, hint = error.message + notes, error.hint
         console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)

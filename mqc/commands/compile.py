@@ -94,11 +94,18 @@ def compile_command(
     dump_after: common.DumpAfter = None,
     dump_folder: common.DumpFolder = Path("mqc-dump"),
     pass_limit: common.PassLimit = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: drop what an unfinished compile kept.")
+    ] = False,
     revision: common.Revision = None,
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
     """Compile a checkpoint into an artifact.
+
+    What a long compile has finished is kept in OUT.partial until the artifact stands: on the disk
+    of OUT, at most one copy of the weights in float32. After a kill or an error the same command
+    goes on there.
 
     Example: mqc compile tiny-qwen2-vl --target onnx --scheme w4a8 --out tiny-w4a8
     """
@@ -121,6 +128,7 @@ def compile_command(
             options=api.PassOptions(verify_each, dump_after or [], dump_folder, pass_limit),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            resume=not fresh,
             reporter=reporter,
         )
     if as_json:

@@ -3,7 +3,7 @@
 from mqc.ir.params import ParamStore
 from mqc.ir.printer import format_component, format_program
 from mqc.ir.program import Component, Link, Program
-from mqc.ir.scratch import Scratch
+from mqc.ir.scratch import NamedScratch, Scratch
 from mqc.ir.serialize import load_program, save_program
 from mqc.ir.types import SCALAR, TUPLE, Port, TensorType
 from mqc.ir.verifier import verify
@@ -13,6 +13,7 @@ __all__ = [
     "TUPLE",
     "Component",
     "Link",
+    "NamedScratch",
     "ParamStore",
     "Port",
     "Program",

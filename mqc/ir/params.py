@@ -23,6 +23,7 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
     def __init__(self, scratch: Scratch | None = None) -> None:
         self.scratch = scratch
         self._values: dict[str, torch.Tensor | Loader] = {}
+        self._marks: dict[str, object] = {}  # one a value, the same in all stores that share it
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value = self._values[name]
@@ -34,9 +35,11 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
 
     def __setitem__(self, name: str, value: torch.Tensor | Loader) -> None:
         self._values[name] = value
+        self._marks[name] = object()
 
     def __delitem__(self, name: str) -> None:
         del self._values[name]
+        del self._marks[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -60,16 +63,26 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
         while f"{base}~{index}" in self._values:
             index += 1
         name = f"{base}~{index}"
-        self._values[name] = self._kept(value.detach().contiguous())
+        self[name] = self._kept(value.detach().contiguous())
         return name
 
     def _kept(self, value: torch.Tensor) -> torch.Tensor:
-        return value if self.scratch is None else self.scratch.keep(value)
+        return value if self.scratch is None else self.scratch.keep(value, lasting=True)
+
+    def shares(self, name: str, other: ParamStore) -> bool:
+        """Whether ``other`` has the same value under ``name``, loaded or not."""
+        return name in other and self._marks[name] is other._marks[name]
+
+    def take(self, name: str, other: ParamStore) -> None:
+        """Share the value that ``other`` has under ``name``."""
+        self._values[name] = other._values[name]
+        self._marks[name] = other._marks[name]
 
     def copy(self) -> ParamStore:
         """A store that shares the tensors (and the loaders) of this one."""
         other = ParamStore(self.scratch)
         other._values = dict(self._values)
+        other._marks = dict(self._marks)
         return other
 
     def cast(self, dtype: torch.dtype) -> ParamStore:
@@ -80,7 +93,7 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
         """
         other = ParamStore(self.scratch)
         for name in self._values:
-            other._values[name] = self._cast_loader(name, dtype)
+            other[name] = self._cast_loader(name, dtype)
         return other
 
     def _cast_loader(self, name: str, dtype: torch.dtype) -> Loader:
@@ -96,5 +109,5 @@ class ParamStore(MutableMapping[str, torch.Tensor]):
         """Forget every name not in ``used``; return how many were dropped."""
         unused = [name for name in self._values if name not in used]
         for name in unused:
-            del self._values[name]
+            del self[name]
         return len(unused)

@@ -236,6 +236,11 @@ def load_program(folder: Path) -> Program:
         raise ArtifactError(
             f"{params_path} is damaged: {error}", hint="compile it again"
         ) from error
+    return program_from_json(data, params)
+
+
+def program_from_json(data: dict[str, Any], params: ParamStore) -> Program:
+    """Inverse of :func:`program_to_json`, with ``params``."""
     components = [component_from_json(item) for item in data["components"]]
     return Program(
         {component.name: component for component in components},

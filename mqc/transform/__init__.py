@@ -1,6 +1,7 @@
 """Passes and the manager that runs them."""
 
 from mqc.transform.base import (
+    Journal,
     Pass,
     PassContext,
     PassResult,
@@ -12,6 +13,7 @@ from mqc.transform.base import (
 from mqc.transform.manager import PassManager, PassRecord
 
 __all__ = [
+    "Journal",
     "Pass",
     "PassContext",
     "PassManager",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
 
 from mqc.ir import Program
 
@@ -29,6 +31,24 @@ class Skip:
     reason: str
 
 
+class Journal:
+    """Finished parts of a long pass, for a compile that goes on after it was killed. This one
+    keeps nothing.
+
+    A pass that asks :meth:`recall` before each part, and tells :meth:`keep` after it, loses one
+    part and not all. What is recalled was computed from equal inputs: a compile goes on only where
+    model, data, passes and scheme are the same.
+    """
+
+    def recall(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """What :meth:`keep` was told of part ``name``, or None."""
+        return None
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor], data: Any) -> None:
+        """Keep the result of part ``name``: tensors, which nobody changes later, and JSON data."""
+        return None
+
+
 @dataclass
 class PassContext:
     """What passes may use besides the program.
@@ -44,6 +64,7 @@ class PassContext:
     progress: Progress = no_progress
     limit: int | None = None
     taken: int = 0
+    journal: Journal = field(default_factory=Journal)
 
     def take(self) -> bool:
         """Whether one more rewrite may be done (and count it)."""

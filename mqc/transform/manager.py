@@ -6,14 +6,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mqc.errors import PassPostconditionError, VerificationError
 from mqc.ir import Program, format_program, verify
-from mqc.transform.base import Pass, PassContext, PassResult, Skip, check_order
+from mqc.transform.base import Journal, Pass, PassContext, PassResult, Skip, check_order
 from mqc.transform.equivalence import end_to_end_error
+
+if TYPE_CHECKING:
+    from mqc.transform.checkpoint import Checkpoints
 
 TOLERANCE = 1e-10
 """Largest relative error (float64, end to end) a function-preserving pass may leave."""
@@ -46,6 +49,15 @@ class PassRecord:
 
 
 @dataclass
+class State:
+    """Where a list of passes is: the program after the passes of ``records``."""
+
+    program: Program
+    records: list[PassRecord]
+    taken: int
+
+
+@dataclass
 class PassManager:
     """Runs ``passes`` in order on a copy of a program.
 
@@ -53,24 +65,39 @@ class PassManager:
     it, end to end. The comparison runs the pass on a float64 copy of the program, so that it sees
     the rewrite and not the rounding of stored weights. ``dump_after``: names of passes (or
     ``"all"``) after which ``dump`` gets the program's text. The structural verifier runs after
-    every pass in any case.
+    every pass in any case. ``checkpoints`` is told after every pass.
     """
 
     passes: Sequence[Pass]
     verify_each: bool = False
     dump_after: Collection[str] = ()
     dump: Dump | None = None
+    checkpoints: Checkpoints | None = None
     records: list[PassRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_order(self.passes)
 
-    def run(self, program: Program, ctx: PassContext) -> Program:
-        """The rewritten program. Errors of a pass name the pass."""
-        current = program.copy()
+    def run(self, program: Program, ctx: PassContext, start: State | None = None) -> Program:
+        """The rewritten program. Errors of a pass name the pass.
+
+        With ``start``, the state of an earlier run, it goes on there instead of at ``program``.
+        """
+        current, first = program.copy(), 0
+        if start is not None:
+            current, first, ctx.taken = start.program, len(start.records), start.taken
+            self.records.extend(start.records)
         for index, item in enumerate(self.passes):
+            if index < first:
+                continue
             ctx.progress(item.name, index, len(self.passes))
+            if self.checkpoints is not None:
+                ctx.journal = self.checkpoints.journal(index)
             current = self._run_one(item, current, ctx)
+            if self.checkpoints is not None:
+                self.checkpoints.passed(State(current, self.records, ctx.taken))
+        if self.checkpoints is not None:
+            self.checkpoints.finish(State(current, self.records, ctx.taken))
         ctx.progress("done", len(self.passes), len(self.passes))
         return current
 
@@ -108,7 +135,7 @@ class PassManager:
         if not (self.verify_each and item.preserves):
             return None
         wide = before.to(torch.float64)
-        after = item.run(wide.copy(), dataclasses.replace(ctx)).program
+        after = item.run(wide.copy(), dataclasses.replace(ctx, journal=Journal())).program
         error = end_to_end_error(wide, after, ctx.seed)
         if not error <= TOLERANCE:
             raise PassPostconditionError(
