@@ -12,6 +12,7 @@ import torch
 
 from mqc.backends.cuda import lower as lowering
 from mqc.backends.cuda import recurrence
+from mqc.backends.cuda.decode import DecodeStep
 from mqc.backends.cuda.engine import CudaEngine, is_causal
 from mqc.backends.cuda.executor import Arena, Call, Executor
 from mqc.backends.cuda.kernels import ReferenceKernels, quantize_rows
@@ -19,7 +20,7 @@ from mqc.backends.cuda.lower import lower
 from mqc.backends.cuda.ops import LINEAR
 from mqc.cuda.pack import Layout, pack_linear
 from mqc.errors import TargetError, UsageError
-from mqc.host import KeyTable, ProgramEngine, generate, generate_batch
+from mqc.host import KeyTable, ProgramEngine, Sampling, generate, generate_batch
 from mqc.ir.edit import tensor_type
 from mqc.numerics.packing import pack_int4
 
@@ -48,8 +49,32 @@ def test_generates_the_same_tokens(name: str) -> None:
     expected = generate_batch(reference, prompts, max_new_tokens=8, stop=())
     found = generate_batch(cuda, prompts, max_new_tokens=8, stop=())
     assert [item.tokens for item in found] == [item.tokens for item in expected]
-    alone = generate(cuda, prompts[1], max_new_tokens=8, stop=())
-    assert alone.tokens == generate(reference, prompts[1], max_new_tokens=8, stop=()).tokens
+    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    for sampling in (None, drawn):  # both from recorded steps
+        how = {"max_new_tokens": 8, "stop": (), "sampling": sampling}
+        alone = generate(cuda, prompts[1], **how)
+        assert alone.tokens == generate(reference, prompts[1], **how).tokens
+
+
+def test_steps_that_go_on_send_their_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions, mask and past are set once a text: the steps move them on."""
+    name, started = "tiny-llava", []
+    start = DecodeStep.start
+
+    def counted(step: DecodeStep, tokens: torch.Tensor, *rest: Any) -> None:
+        started.append(len(tokens))
+        start(step, tokens, *rest)
+
+    monkeypatch.setattr(DecodeStep, "start", counted)
+    cuda, runnable = engine(name, capacity=256), tiny.runnable(name)
+    prompts = [runnable.prompt(messages) for messages in tiny.conversations().values()]
+    reference = ProgramEngine(cuda_cases.quantized(name))
+    for batch in (prompts[:1], prompts[:3], prompts[1:2]):
+        found, expected = (
+            generate_batch(e, batch, max_new_tokens=6, stop=()) for e in (cuda, reference)
+        )
+        assert [item.tokens for item in found] == [item.tokens for item in expected]
+    assert started == [1, 3, 1]
 
 
 def test_row_lookup_and_reordering_agree() -> None:

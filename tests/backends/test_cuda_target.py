@@ -6,6 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 import mqc
 from mqc.backends.cuda import CudaTarget
+from mqc.backends.cuda.target import missing
 from mqc.backends.registry import Target, get_target
 from mqc.cli import app
 from mqc.config import make_recipe
+from mqc.cuda.library import KernelError, Library
 from mqc.errors import ArtifactError, TargetError, UsageError
 from mqc.testing import vqa
 
@@ -70,6 +73,31 @@ def test_loading_says_what_is_missing_and_what_to_do() -> None:
     assert "--target onnx" in str(caught.value.hint)
     result = CliRunner().invoke(app, ["run", str(compiled("cuda")), "--prompt", "what is red ?"])
     assert result.exit_code == 1 and "needs an NVIDIA GPU" in result.stderr
+
+
+def test_a_driver_or_a_device_that_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why torch finds no GPU, and what a library says of a device, with a remedy each."""
+
+    def refuse() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found 11040). Please update"
+        )
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    what, remedy = missing()[0]
+    assert what.endswith("is too old (found 11040)") and "a driver for CUDA 13.0" in remedy
+    said = {3: "the device has compute capability 7.5", 5: "driver version is insufficient"}
+    for status, words in said.items():
+        library = object.__new__(Library)
+        library.native = SimpleNamespace(  # type: ignore[assignment]
+            mqc_check_device=lambda status=status: status,
+            mqc_last_error=lambda words=words: words.encode(),
+        )
+        with pytest.raises(KernelError, match=words) as caught:
+            library.check_device()
+        assert ("another generation" if status == 3 else "driver") in str(caught.value.hint)
 
 
 def test_options_are_checked() -> None:
