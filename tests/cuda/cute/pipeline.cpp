@@ -75,6 +75,9 @@ template <int kPending> void noted_drain() {
 #define copy_bulk noted_bulk
 #define wgmma_s8 noted_multiply
 #define wgmma_wait noted_drain
+// Names of their own: other files here have the same templates with the emulator's functions.
+#define wgmma_add_groups noted_add_groups
+#define linear_wgmma_kernel noted_wgmma_kernel
 #include "mqc/linear_wgmma.cuh"
 
 // Events of one thread, taken in order.
