@@ -7,6 +7,7 @@ skip.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -79,8 +80,14 @@ def compile_witness(vendor: Vendor) -> Path:
     for path in [*sources, *ours, CASES / "witness.h", EMULATOR / "emulator.h"]:
         digest.update(path.read_bytes())
     out = Path(tempfile.gettempdir()) / f"mqc-witness-{os.getuid()}-{digest.hexdigest()[:16]}"
-    if out.is_file():
-        return out
+    with Path(f"{out}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run build it once
+        if not out.is_file():
+            _build(vendor, sources, out)
+    return out
+
+
+def _build(vendor: Vendor, sources: list[Path], out: Path) -> None:
     mine = [ROOT / "cuda" / "include", ROOT / "cuda" / "csrc", EMULATOR]
     system = [flag for p in [vendor.cutlass, *vendor.cuda] for flag in ("-isystem", str(p))]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,4 +105,3 @@ def compile_witness(vendor: Vendor) -> Path:
         linked = Path(f"{out}.{os.getpid()}")
         subprocess.run([vendor.compiler, *objects, "-o", str(linked)], check=True)
         linked.replace(out)
-    return out
