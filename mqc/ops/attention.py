@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,55 @@ from mqc.ops._library import Arguments, OnnxForm, OpDef, register
 
 if TYPE_CHECKING:
     from mqc.ops._onnx_body import Body
+
+
+class Call(NamedTuple):
+    """The arguments of mqc::attention, and of mqc::attention_int8, in schema order.
+
+    ``caches``: the key and the value cache; of int8 rows also the scales of both.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    caches: tuple[Tensor, ...]
+    past: Tensor
+    mask: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    scale: float
+    rotary: str
+
+    @classmethod
+    def of(cls, *given: Any) -> Call:
+        """From the operator's arguments, in which the caches stand one by one."""
+        return cls(*given[:3], given[3:-6], *given[-6:])
+
+    def turned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """:func:`heads_of` with queries and keys rotated."""
+        check_rotary(self.rotary, self.cos, self.sin)
+        q, k, v = heads_of(self.q, self.k, self.v, self.caches[0])
+        if self.cos is not None and self.sin is not None:
+            cos, sin = self.cos.unsqueeze(1), self.sin.unsqueeze(1)
+            q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
+        return q, k, v
+
+    def appended(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """The caches, each with its new rows [B, Hkv, S, ..]. Raises UsageError on a short mask."""
+        start, rows = int(self.past.item()), self.mask.shape[3]
+        end = start + new[0].shape[2]
+        if rows < end:
+            raise UsageError(f"a mask of {rows} columns for {end} keys")
+        return tuple(append(c, n, start, rows) for c, n in zip(self.caches, new, strict=True))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Rows [B, S, Hq * Dv] of rotated ``q`` [B, Hq, S, D] over the rows that are in use."""
+        end, repeats = int(self.past.item()) + q.shape[2], q.shape[1] // keys.shape[1]
+        keys, values = (repeated(x[:, :, :end], repeats) for x in (keys, values))
+        out: Tensor = torch.ops.aten.scaled_dot_product_attention.default(
+            q, keys, values, self.mask[..., :end], scale=self.scale
+        )
+        return out.transpose(1, 2).flatten(2)
 
 
 def heads_of(
@@ -47,33 +96,6 @@ def heads_of(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def turned_heads(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    key_cache: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rotary: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`heads_of` with queries and keys rotated."""
-    check_rotary(rotary, cos, sin)
-    q, k, v = heads_of(q, k, v, key_cache)
-    if cos is not None and sin is not None:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        q, k = rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary)
-    return q, k, v
-
-
-def rows_of(past: Tensor, q: Tensor, mask: Tensor) -> tuple[int, int]:
-    """The cache's rows that queries [B, Hq, S, D] write. Raises UsageError on a short mask."""
-    start = int(past.item())
-    end = start + q.shape[2]
-    if mask.shape[3] < end:
-        raise UsageError(f"a mask of {mask.shape[3]} columns for {end} keys")
-    return start, end
-
-
 def append(cache: Tensor, new: Tensor, past: int, keys: int) -> Tensor:
     """``cache`` with ``new`` at rows past.., grown to ``keys`` rows where it is shorter."""
     end = past + new.shape[2]
@@ -85,19 +107,7 @@ def append(cache: Tensor, new: Tensor, past: int, keys: int) -> Tensor:
     return torch.cat([cache[:, :, :past], new.to(cache.dtype), cache[:, :, end:]], dim=2)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    past: Tensor,
-    mask: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scale: float,
-    rotary: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(*given: Any) -> tuple[Tensor, ...]:
     """softmax(scale * rot(q) K^T, where mask) V, with K and V the past rows and the new ones.
 
     Query head h attends key head h // (Hq / Hkv). Nothing is repeated.
@@ -122,53 +132,25 @@ def reference(
     Raises:
         UsageError: on arguments that do not fit each other.
     """
-    q, k, v = turned_heads(q, k, v, key_cache, cos, sin, rotary)
-    start, end = rows_of(past, q, mask)
-    key_cache = append(key_cache, k, start, mask.shape[3])
-    value_cache = append(value_cache, v, start, mask.shape[3])
-    out = attend(q, key_cache[:, :, :end], value_cache[:, :, :end], mask[..., :end], scale)
-    return out, key_cache, value_cache
+    call = Call.of(*given)
+    q, k, v = call.turned()
+    caches = call.appended(k, v)
+    return call.attend(q, *caches), *caches
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Rows [B, S, Hq * Dv] of rotated ``q`` [B, Hq, S, D] over the rows that are in use."""
-    repeats = q.shape[1] // keys.shape[1]
-    out: Tensor = torch.ops.aten.scaled_dot_product_attention.default(
-        q, repeated(keys, repeats), repeated(values, repeats), mask, scale=scale
-    )
-    return out.transpose(1, 2).flatten(2)
-
-
-def fake(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    past: Tensor,
-    mask: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scale: float,
-    rotary: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake(*given: Any) -> tuple[Tensor, ...]:
     """Shape function: the output and the caches, as long as the longer of cache and mask."""
-    heads = q.shape[2] if k is not None else q.shape[2] - 2 * key_cache.shape[1]
-    rows = torch.sym_max(key_cache.shape[2], mask.shape[3])
-    caches = [c.new_empty((*c.shape[:2], rows, c.shape[3])) for c in (key_cache, value_cache)]
-    out = q.new_empty((*q.shape[:2], heads * value_cache.shape[3]))
-    return out, caches[0], caches[1]
+    call = Call.of(*given)
+    q, caches = call.q, call.caches
+    heads = q.shape[2] if call.k is not None else q.shape[2] - 2 * caches[0].shape[1]
+    rows = torch.sym_max(caches[0].shape[2], call.mask.shape[3])
+    out = q.new_empty((*q.shape[:2], heads * caches[1].shape[3]))
+    return out, *(c.new_empty((*c.shape[:2], rows, *c.shape[3:])) for c in caches)
 
 
 def variant_flags(arguments: Arguments) -> tuple[str, ...]:
     packed = ("packed",) if arguments.get("k") is None else ()
     return (*packed, *rotary_flags(arguments))
-
-
-def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
-    apart = () if "packed" in flags else ("k", "v")
-    angles = ("cos", "sin") if "half" in flags or "interleaved" in flags else ()
-    return ("q", *apart, "key_cache", "value_cache", "past", "mask", *angles)
 
 
 def _stop(body: Body) -> str:
@@ -249,22 +231,42 @@ def _masked_body(body: Body, scores: str, keys: str, repeats: str) -> str:
     return body.choose(exact, lambda inner: inner("Add", scores, mask), padded)
 
 
-OP = register(
-    OpDef(
-        "attention",
-        "(Tensor q, Tensor? k, Tensor? v, Tensor key_cache, Tensor value_cache, Tensor past, "
-        "Tensor mask, Tensor? cos, Tensor? sin, float scale, str rotary) "
-        "-> (Tensor out, Tensor new_key_cache, Tensor new_value_cache)",
-        reference,
-        fake,
-        OnnxForm(
-            "Attention",
-            variant_flags,
-            _inputs,
-            _body,
-            {"past": "int64", "mask": "bool"},
-            attributes=("scale",),
-            outputs=lambda flags: ("out", "new_key_cache", "new_value_cache"),
-        ),
+def define(
+    name: str,
+    form: str,
+    caches: tuple[str, ...],
+    reference: Callable[..., tuple[Tensor, ...]],
+    body: Callable[[Body, Sequence[str]], tuple[str, ...]],
+    dtypes: Mapping[str, str],
+) -> OpDef:
+    """Register an operator of a :class:`Call`: ``caches`` are the names of what it appends to."""
+    tensors = ", ".join(f"Tensor {cache}" for cache in caches)
+    results = ", ".join(f"Tensor new_{cache}" for cache in caches)
+    outputs = ("out", *(f"new_{cache}" for cache in caches))
+
+    def inputs(flags: Sequence[str]) -> tuple[str, ...]:
+        apart = () if "packed" in flags else ("k", "v")
+        angles = ("cos", "sin") if "half" in flags or "interleaved" in flags else ()
+        return ("q", *apart, *caches, "past", "mask", *angles)
+
+    return register(
+        OpDef(
+            name,
+            f"(Tensor q, Tensor? k, Tensor? v, {tensors}, Tensor past, Tensor mask, Tensor? cos, "
+            f"Tensor? sin, float scale, str rotary) -> (Tensor out, {results})",
+            reference,
+            fake,
+            OnnxForm(
+                form,
+                variant_flags,
+                inputs,
+                body,
+                {"past": "int64", "mask": "bool", **dtypes},
+                attributes=("scale",),
+                outputs=lambda flags: outputs,
+            ),
+        )
     )
-)
+
+
+OP = define("attention", "Attention", ("key_cache", "value_cache"), reference, _body, {})

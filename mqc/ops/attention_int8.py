@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mqc.ops._library import OnnxForm, OpDef, register
-from mqc.ops.attention import (
-    append,
-    append_body,
-    attend,
-    attend_body,
-    heads_body,
-    rows_of,
-    turned_heads,
-    variant_flags,
-)
+from mqc.ops.attention import Call, append_body, attend_body, define, heads_body
 
 if TYPE_CHECKING:
     from mqc.ops._onnx_body import Body
@@ -39,21 +29,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return steps.to(torch.int8), scale
 
 
-def reference(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key_scale: Tensor,
-    value_scale: Tensor,
-    past: Tensor,
-    mask: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scale: float,
-    rotary: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def reference(*given: Any) -> tuple[Tensor, ...]:
     """:func:`mqc.ops.attention.reference` where new rows are quantized and all rows read as such.
 
     Args:
@@ -68,50 +44,15 @@ def reference(
     Raises:
         UsageError: on arguments that do not fit each other.
     """
-    q, k, v = turned_heads(q, k, v, key_cache, cos, sin, rotary)
-    start, end = rows_of(past, q, mask)
-    (k, new_key_scale), (v, new_value_scale) = quantize_rows(k), quantize_rows(v)
-    rows = mask.shape[3]
-    key_cache, value_cache = append(key_cache, k, start, rows), append(value_cache, v, start, rows)
-    key_scale = append(key_scale, new_key_scale, start, rows)
-    value_scale = append(value_scale, new_value_scale, start, rows)
+    call = Call.of(*given)
+    q, k, v = call.turned()
+    (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
+    caches = call.appended(k, v, k_scale, v_scale)
     keys, values = (
-        cache[:, :, :end].to(q.dtype) * scales[:, :, :end, None].to(q.dtype)
-        for cache, scales in ((key_cache, key_scale), (value_cache, value_scale))
+        rows.to(q.dtype) * scales[..., None].to(q.dtype)
+        for rows, scales in zip(caches[:2], caches[2:], strict=True)
     )
-    out = attend(q, keys, values, mask[..., :end], scale)
-    return out, key_cache, value_cache, key_scale, value_scale
-
-
-def fake(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key_scale: Tensor,
-    value_scale: Tensor,
-    past: Tensor,
-    mask: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scale: float,
-    rotary: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shape function: the output and the caches, as long as the longer of cache and mask."""
-    heads = q.shape[2] if k is not None else q.shape[2] - 2 * key_cache.shape[1]
-    rows = torch.sym_max(key_cache.shape[2], mask.shape[3])
-    out = q.new_empty((*q.shape[:2], heads * value_cache.shape[3]))
-    caches = [c.new_empty((*c.shape[:2], rows, c.shape[3])) for c in (key_cache, value_cache)]
-    scales = [s.new_empty((*s.shape[:2], rows)) for s in (key_scale, value_scale)]
-    return out, caches[0], caches[1], scales[0], scales[1]
-
-
-def _inputs(flags: Sequence[str]) -> tuple[str, ...]:
-    apart = () if "packed" in flags else ("k", "v")
-    angles = ("cos", "sin") if "half" in flags or "interleaved" in flags else ()
-    caches = ("key_cache", "value_cache", "key_scale", "value_scale")
-    return ("q", *apart, *caches, "past", "mask", *angles)
+    return call.attend(q, keys, values), *caches
 
 
 def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
@@ -133,31 +74,11 @@ def _body(body: Body, flags: Sequence[str]) -> tuple[str, ...]:
     return (attend_body(body, q, *floats), *caches, *scales)
 
 
-OP = register(
-    OpDef(
-        "attention_int8",
-        "(Tensor q, Tensor? k, Tensor? v, Tensor key_cache, Tensor value_cache, Tensor key_scale, "
-        "Tensor value_scale, Tensor past, Tensor mask, Tensor? cos, Tensor? sin, float scale, "
-        "str rotary) -> (Tensor out, Tensor new_key_cache, Tensor new_value_cache, "
-        "Tensor new_key_scale, Tensor new_value_scale)",
-        reference,
-        fake,
-        OnnxForm(
-            "AttentionInt8",
-            variant_flags,
-            _inputs,
-            _body,
-            {
-                "past": "int64",
-                "mask": "bool",
-                **dict.fromkeys(("key_cache", "value_cache"), "q8"),
-                **dict.fromkeys(("new_key_cache", "new_value_cache"), "q8"),
-            },
-            attributes=("scale",),
-            outputs=lambda flags: (
-                *("out", "new_key_cache", "new_value_cache"),
-                *("new_key_scale", "new_value_scale"),
-            ),
-        ),
-    )
+OP = define(
+    "attention_int8",
+    "AttentionInt8",
+    ("key_cache", "value_cache", "key_scale", "value_scale"),
+    reference,
+    _body,
+    dict.fromkeys(("key_cache", "value_cache", "new_key_cache", "new_value_cache"), "q8"),
 )
