@@ -46,7 +46,7 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, *given: Any) -> Call:
         """From the operator's arguments, in which the caches stand one by one."""
-        return cls(*given[:3], given[3:-6], *given[-6:])
+        return cls._make((*given[:3], given[3:-6], *given[-6:]))
 
     def turned(self) -> tuple[Tensor, Tensor, Tensor]:
         """:func:`heads_of` with queries and keys rotated."""
