@@ -56,7 +56,7 @@ class Partial:
     def __enter__(self) -> Self:
         try:
             self._lock = self._locked()
-            if self.fresh:
+            if self.fresh or not self._holds_work():
                 self._clear()
         except BlockingIOError as error:
             raise ArtifactError(

@@ -221,7 +221,9 @@ def main() -> None:
                 key, entry = done.result()
                 results[key] = entry
                 RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                draft = RESULTS.with_suffix(".tmp")  # a kill leaves the old rows or the new ones
+                draft.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                draft.replace(RESULTS)
     print(tables(results, args.models, args.rows))
     if args.plot is not None:
         plot(results, args.models, args.rows, args.plot)

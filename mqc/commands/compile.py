@@ -95,7 +95,7 @@ def compile_command(
     dump_folder: common.DumpFolder = Path("mqc-dump"),
     pass_limit: common.PassLimit = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: drop what an unfinished compile kept.")
+        bool, typer.Option("--fresh", help="Start over; drop what an unfinished compile kept.")
     ] = False,
     revision: common.Revision = None,
     trust_remote_code: common.Trust = False,
@@ -103,9 +103,9 @@ def compile_command(
 ) -> None:
     """Compile a checkpoint into an artifact.
 
-    What a long compile has finished is kept in OUT.partial until the artifact stands: on the disk
-    of OUT, at most one copy of the weights in float32. After a kill or an error the same command
-    goes on there.
+    What a long compile has finished is kept in OUT.partial until the artifact stands, at most one
+    copy of the weights in float32 and one in int8. After a kill or an error the same command goes
+    on there.
 
     Example: mqc compile tiny-qwen2-vl --target onnx --scheme w4a8 --out tiny-w4a8
     """
