@@ -120,7 +120,8 @@ def test_the_check_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(json.loads(report.read_text())["parts"]) == made
     assert "1 checks, 1 wrong" in (tmp_path / "gpu_check.txt").read_text()
     options.resume, options.only = report, ["small", "sweep"]
-    assert checking._check(options) == 0 and made[2:] == ["sweep"]
+    assert checking._check(options) == 1 and made[2:] == ["sweep"]
+    assert list(json.loads(report.read_text())["parts"]) == made  # what was wrong is still there
     options.resume, options.seconds = None, 1.0
     assert checking._check(options) == 0 and len(made) == 3
 
@@ -131,9 +132,10 @@ def test_what_passed_is_kept(tmp_path: Path) -> None:
     hung = {"state": "hung", "results": []}
     report = tmp_path / "gpu_check.json"
     report.write_text(json.dumps({"parts": {"rows": done, "sweep": wrong, "small": hung}}))
-    assert checking._kept(report) == {"rows": done} and checking._kept(None) == {}
+    found = checking._earlier(report)
+    assert checking._passed(found) == {"rows"} and found["sweep"] == wrong
     report.write_text("{")  # a call that was ended while it wrote
-    assert checking._kept(report) == checking._kept(tmp_path / "none.json") == {}
+    assert checking._earlier(report) == checking._earlier(tmp_path / "none.json") == {}
 
 
 def test_which_library_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +191,7 @@ def test_a_call_that_is_ended_keeps_its_parts(
     )
     with pytest.raises(KeyboardInterrupt):
         checking._check(options)
-    assert list(checking._kept(tmp_path / "gpu_check.json")) == ["small"]
+    assert checking._passed(checking._earlier(tmp_path / "gpu_check.json")) == {"small"}
     assert "small: done" in (tmp_path / "gpu_check.txt").read_text()
 
 

@@ -171,11 +171,12 @@ def _check(options: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "driver": _driver(),
         "library": str(library.relative_to(ROOT) if library.is_relative_to(ROOT) else library),
-        "parts": _kept(options.resume),
+        "parts": _earlier(options.resume),
     }
+    passed = _passed(report["parts"])
     for name in options.only or parts.ORDER:
         left = end - time.monotonic()
-        if name in report["parts"]:
+        if name in passed:
             print(f"{name}: kept", flush=True)
             continue
         if left < 15:
@@ -210,8 +211,8 @@ def _work_folder(out: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="mqc-gpu-check-"))
 
 
-def _kept(resume: Path | None) -> dict[str, Any]:
-    """Parts of an earlier report that were finished."""
+def _earlier(resume: Path | None) -> dict[str, Any]:
+    """Parts of an earlier report: what failed there stays in the new one until it is run again."""
     if resume is None:
         return {}
     try:
@@ -219,8 +220,13 @@ def _kept(resume: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         print(f"nothing is kept of {resume}: {error}", flush=True)
         return {}
+    return found
+
+
+def _passed(found: dict[str, Any]) -> set[str]:
+    """Parts that need not be run again."""
     return {
-        name: part
+        name
         for name, part in found.items()
         if part["state"] == "done" and not any(r.get("wrong") for r in part["results"])
     }
