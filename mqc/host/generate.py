@@ -15,6 +15,9 @@ from mqc.host.batch import Padding
 from mqc.host.engine import Engine, decode_step, greedy_step, prefill
 from mqc.host.prompt import Prompt
 
+HEAD = 1024
+"""Tokens that a nucleus is first looked for among."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,11 +44,28 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         probs = torch.softmax(logits.double() / self.temperature, dim=-1)
-        if self.top_p < 1:
-            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-            outside = ranked.cumsum(dim=-1) - ranked >= self.top_p
-            probs = torch.zeros_like(probs).scatter(1, order, ranked.masked_fill(outside, 0))
-        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        if self.top_p == 1:
+            return _draw(probs, generator)[:, 0]
+        ranked, order = _likeliest(probs, self.top_p)
+        outside = ranked.cumsum(dim=-1) - ranked >= self.top_p
+        return order.gather(1, _draw(ranked.masked_fill(outside, 0), generator))[:, 0]
+
+
+def _draw(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An index int64 [B, 1] of each row of [B, n] by its weight; one random number a row."""
+    total = weights.cumsum(dim=-1)
+    at = torch.rand(len(weights), 1, dtype=weights.dtype, generator=generator) * total[:, -1:]
+    return torch.searchsorted(total, at, right=True).clamp_(max=weights.shape[-1] - 1)
+
+
+def _likeliest(probs: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, n] in falling order and their tokens, as many as make up ``share``: a
+    vocabulary is sorted only where its likeliest ``HEAD`` tokens do not."""
+    if probs.shape[-1] > HEAD:
+        ranked, order = probs.topk(HEAD, dim=-1)
+        if bool((ranked.sum(dim=-1) >= share).all()):
+            return ranked, order
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)

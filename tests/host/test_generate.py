@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import tiny
@@ -115,6 +116,19 @@ def test_sampling() -> None:
     assert tight.choose(logits, tight.generator()).unique().tolist() == [0]
     again = Sampling(temperature=1.0, seed=3)
     assert warm.choose(logits, warm.generator()).equal(again.choose(logits, again.generator()))
+
+
+def test_a_nucleus_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest tokens alone give the draws that sorting all gives, in and outside of them."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    drawn = []
+    for head in (5000, 100, 2):  # all sorted; enough; too few
+        monkeypatch.setattr(import_module("mqc.host.generate"), "HEAD", head)
+        sampling = Sampling(temperature=1.0, top_p=0.6, seed=5)
+        generator = sampling.generator()
+        drawn.append([sampling.choose(logits, generator).tolist() for _ in range(200)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({token for tokens in drawn[0] for token in tokens}) > 6
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
