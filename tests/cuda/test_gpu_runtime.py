@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import mqc
 from mqc.host import evaluate
@@ -37,3 +38,13 @@ def test_graphs_change_nothing(artifact: Path) -> None:
     for item in messages:
         expected = plain.generate(item, max_new_tokens=8).tokens
         assert recorded.generate(item, max_new_tokens=8).tokens == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_device_answers_alike(artifact: Path) -> None:
+    """Both in one process, the first being the current one."""
+    messages = [vqa.messages(vqa.sample("evaluation", index)) for index in range(3)]
+    first, second = (mqc.load(artifact, device=name) for name in ("cuda:0", "cuda:1"))
+    for item in messages:
+        expected = first.generate(item, max_new_tokens=8).tokens
+        assert second.generate(item, max_new_tokens=8).tokens == expected
