@@ -66,6 +66,7 @@ class DecodeStep:
         planes = int(decoder.component.input("mask").type.shape[1])
         self.mask = torch.ones(batch, planes, 1, slot.capacity, dtype=torch.bool, device=device)
         self._left: _Left | None = None
+        self._chosen: Tensor | None = None
         self._constants = self._constant_inputs(decoder.component.inputs)
         with torch.inference_mode():
             self._known = decoder.constants(self._constants, Call(self.arena))
@@ -134,15 +135,21 @@ class DecodeStep:
 
     def run(self) -> None:
         """One step: ``tokens`` int64 [bucket] and ``logits`` [bucket, vocab] are new afterwards."""
-        self._left = None
+        self._left = self._chosen = None
         self._replay()
 
+    def chosen(self, batch: int) -> Tensor:
+        """The tokens that the last step found likeliest, int64 [batch] on the CPU."""
+        self._chosen = self.tokens[:batch].cpu()
+        return self._chosen.clone()
+
     def advance(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: int) -> None:
-        """:meth:`start` and :meth:`run`; where the sequences go on, only their tokens are sent."""
-        if self._goes_on(positions, mask, past):
-            self.ids[: tokens.shape[0], 0].copy_(tokens)
-        else:
+        """:meth:`start` and :meth:`run`; where the sequences go on, only their tokens are sent, and
+        not even those where they are the ones that were chosen."""
+        if not self._goes_on(positions, mask, past):
             self.start(tokens, positions, mask, past)
+        elif self._chosen is None or not self._chosen.equal(tokens):
+            self.ids[: tokens.shape[0], 0].copy_(tokens)
         self.run()
         self._left = _Left(past + 1, positions + 1, mask)
 

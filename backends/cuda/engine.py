@@ -193,7 +193,7 @@ class CudaEngine:
             (tokens int64 [B], the cache with one more row).
         """
         step, sequences = self._advance(tokens, positions, mask, cache)
-        return step.tokens[: sequences.batch].cpu(), (sequences,)
+        return step.chosen(sequences.batch), (sequences,)
 
     def logits_step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache

@@ -138,7 +138,7 @@ def device_kernels(device: str = "cuda") -> Any:
 
     library = load()
     torch.cuda.init()
-    index = torch.device(device).index
+    index = _number(device)
     place = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     with torch.cuda.device(place):
         library.check_device()
@@ -147,12 +147,18 @@ def device_kernels(device: str = "cuda") -> Any:
     return kernels
 
 
+def _number(device: str) -> int | None:
+    """1 of "cuda:1"; None for the current device."""
+    number = device.partition(":")[2]
+    return int(number) if number else None
+
+
 def missing(device: str = "cuda") -> list[tuple[str, str]]:
     """(what running on a GPU lacks here, what to do), in the order to do it."""
     from mqc.cuda.library import library_path, load
 
     found: list[tuple[str, str]] = []
-    index = torch.device(device).index
+    index = _number(device)
     if not torch.cuda.is_available():
         found.append(_no_gpu())
     elif index is not None and index >= torch.cuda.device_count():
