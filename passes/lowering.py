@@ -11,6 +11,7 @@ from mqc.passes.fuse_residual import FuseResidual
 from mqc.passes.fuse_tower_attention import FuseTowerAttention
 from mqc.passes.merge_linears import MergeLinears
 from mqc.passes.quantize_cache import QuantizeCache
+from mqc.passes.route_experts import RouteExperts
 from mqc.passes.select_rows import SelectRows
 from mqc.transform import Pass, PassContext, PassManager
 
@@ -23,6 +24,7 @@ LOWERING: tuple[type[Pass], ...] = (
     FuseOrder,
     FuseAngles,
     SelectRows,
+    RouteExperts,
 )
 """In the order in which they run."""
 

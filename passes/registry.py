@@ -20,6 +20,7 @@ from mqc.passes.modality_split import ModalitySplit
 from mqc.passes.quantize_cache import QuantizeCache
 from mqc.passes.quantize_weights import QuantizeWeights
 from mqc.passes.rms_suppress import RmsSuppress
+from mqc.passes.route_experts import RouteExperts
 from mqc.passes.select_rows import SelectRows
 from mqc.passes.static_scales import StaticScales
 from mqc.transform import Pass
@@ -46,6 +47,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseOrder,
         FuseAngles,
         SelectRows,
+        RouteExperts,
         QuantizeCache,
     )
 }

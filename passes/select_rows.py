@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from mqc.analysis.flow import NORMS
-from mqc.analysis.rows import picked_rows
+from mqc.analysis.rows import MODALITY, picked_rows, row_operands, row_region
 from mqc.errors import PassPostconditionError
 from mqc.ir import TUPLE, Program, TensorType
-from mqc.ir.dialect import POINTWISE_OPS
-from mqc.ir.edit import aten, call, eliminate_dead_code, is_tensor, replace, tensor_type
-from mqc.ir.serialize import target_name
-from mqc.ir.types import Dim
+from mqc.ir.edit import aten, call, eliminate_dead_code, replace, tensor_type
 from mqc.transform import Pass, PassContext, PassResult
-
-_mqc = torch.ops.mqc
-_ROWS: dict[Any, tuple[int, ...]] = {
-    aten.linear.default: (0,),
-    **dict.fromkeys(NORMS, (0,)),
-    _mqc.hadamard.default: (0,),
-    _mqc.rank_update.default: (0, 1),
-    _mqc.quantize_static.default: (0,),
-    _mqc.rms_norm_quantize.default: (0,),
-    _mqc.activation_quantize.default: (0,),
-    _mqc.linear_w4a8.default: (0, 6, 8),
-    _mqc.linear_w8a8.default: (0, 6, 8),
-    _mqc.linear_w4a16.default: (0, 4, 6),
-    _mqc.linear_w8a16.default: (0, 4, 6),
-}
-"""Operators that work on each row [.., channels] by itself -> arguments that are rows."""
-_MODALITY: dict[Any, int] = {
-    _mqc.quantize_static.default: 2,
-    _mqc.rms_norm_quantize.default: 3,
-    _mqc.activation_quantize.default: 5,
-    _mqc.linear_w4a8.default: 4,
-    _mqc.linear_w8a8.default: 4,
-}
 
 
 class SelectRows(Pass):
@@ -83,62 +55,12 @@ class SelectRows(Pass):
 def _match(gather: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     """(the rows that ``gather`` picks, the values that can be computed for these alone)."""
     rows = picked_rows(gather)
-    inside = [] if rows is None else _region(gather)
+    inside: list[fx.Node] = []
+    source = gather.args[0]
+    if rows is not None and isinstance(source, fx.Node):
+        inside = row_region(gather, tensor_type(source).shape[:2])
     # The rows must be known before the first of the values.
     return (rows, inside) if rows is not None and inside and rows < inside[0] else (None, [])
-
-
-def _region(gather: fx.Node) -> list[fx.Node]:
-    """Row-wise values that lead to ``gather`` and nowhere else, in order."""
-    source = gather.args[0]
-    assert isinstance(source, fx.Node)
-    lead = tensor_type(source).shape[:2]
-    inside: dict[fx.Node, None] = {}
-    node = gather.prev
-    while node.op != "root":
-        only_here = all(user is gather or user in inside for user in node.users)
-        if node.users and only_here and _is_row_wise(node, lead):
-            inside[node] = None
-        node = node.prev
-    return list(inside)[::-1]
-
-
-def _is_row_wise(node: fx.Node, lead: tuple[Dim, ...]) -> bool:
-    if node.op != "call_function":
-        return False
-    if target_name(node.target) == "operator.getitem":
-        made = node.args[0]
-        return isinstance(made, fx.Node) and made.target in _ROWS
-    if node.meta.get("type") != TUPLE and not _has_lead(node, lead):
-        return False
-    if node.target in _ROWS:
-        if node.target in NORMS and len(node.args[1]) != 1:  # type: ignore[arg-type]
-            return False
-        return all(_has_lead(value, lead) for value in _row_operands(node))
-    if target_name(node.target) not in POINTWISE_OPS:
-        return False
-    tensors = [value for value in node.all_input_nodes if is_tensor(value)]
-    return all(_has_lead(value, lead) or tensor_type(value).rank <= 1 for value in tensors)
-
-
-def _has_lead(value: Any, lead: tuple[Dim, ...]) -> bool:
-    if not is_tensor(value):
-        return False
-    kind = tensor_type(value)
-    return kind.rank == 3 and kind.shape[:2] == lead
-
-
-def _row_operands(node: fx.Node) -> Iterator[fx.Node]:
-    """Arguments that are rows; those of a pointwise operator with three axes."""
-    if node.target in _ROWS:
-        for place in _ROWS[node.target]:
-            value = node.args[place] if place < len(node.args) else None
-            if isinstance(value, fx.Node):
-                yield value
-    elif target_name(node.target) != "operator.getitem":
-        for value in node.all_input_nodes:
-            if is_tensor(value) and tensor_type(value).rank == 3:
-                yield value
 
 
 class _Move:
@@ -151,10 +73,10 @@ class _Move:
         known = set(self.inside)
         for node in self.inside:
             with self.graph.inserting_before(node):
-                for value in list(_row_operands(node)):
+                for value in list(row_operands(node)):
                     if value not in known:
                         node.replace_input_with(value, self._pick(value))
-                place = _MODALITY.get(node.target, len(node.args))
+                place = MODALITY.get(node.target, len(node.args))
                 modality = node.args[place] if place < len(node.args) else None
                 if isinstance(modality, fx.Node):
                     node.update_arg(place, self._pick_modality(modality))

@@ -42,13 +42,28 @@ def run_body(name: str, values: dict[str, Any]) -> list[torch.Tensor]:
     )
     model = helper.make_model(graph, opset_imports=[], ir_version=10)
     attach_functions(model)
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model))
+    inferred = onnx.shape_inference.infer_shapes(model)
+    _fill_ranks(inferred, call(name, values))
+    onnx.checker.check_model(inferred)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return [torch.from_numpy(x) for x in session.run(None, {n: tensors[n] for n in fed})]
+
+
+def _fill_ranks(model: onnx.ModelProto, results: Any) -> None:
+    """Sizes that depend on values are not inferred, but a checked output has a shape."""
+    for info, result in zip(model.graph.output, _list(results), strict=False):
+        kind = info.type.tensor_type
+        if not kind.HasField("shape"):
+            for axis in range(result.dim()):
+                kind.shape.dim.add().dim_param = f"{info.name}{axis}"
+
+
+def _list(results: Any) -> list[torch.Tensor]:
+    return [results] if isinstance(results, torch.Tensor) else list(results)
 
 
 class _Onnx:

@@ -13,7 +13,6 @@ well, where signed activations are only slower.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ import mqc.ops  # noqa: F401  (registers the operators)
 from mqc.analysis.heads import unrepeated
 from mqc.backends.onnx.library import LAYOUT, LAYOUT_FACT
 from mqc.errors import TargetError
-from mqc.ir import SCALAR, TUPLE, Component, Port, Program, TensorType
+from mqc.ir import TUPLE, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
 from mqc.ir.params import Loader, ParamStore
 from mqc.numerics.packing import fits_c16k4, pack_c16k4, unpack_int4
+from mqc.passes.row_masks import row_mask
 
 aten = torch.ops.aten
 
@@ -47,9 +47,6 @@ _MODALITY_READERS: dict[Any, int] = {
     **dict.fromkeys(_INTEGER_LINEARS, 4),
 }
 """Operator -> position of its argument ``modality``."""
-_VISUAL = 3
-"""Which result of mqc::token_order is the mask."""
-
 
 DEVICES = ("cpu", "cuda")
 DEVICE_FACT = "device"
@@ -172,27 +169,10 @@ def _share_row_masks(component: Component) -> int:
         tokens = tensor_type(source).shape[1]
         if (count, tokens) not in masks:
             with graph.inserting_before(node):
-                masks[count, tokens] = _row_mask(graph, count, source, tokens)
+                masks[count, tokens] = row_mask(graph, count, source, tokens)
         node.update_arg(place, masks[count, tokens])
         found += 1
     return found
-
-
-def _row_mask(graph: fx.Graph, count: fx.Node, source: fx.Node, tokens: Any) -> fx.Node:
-    """bool [batch, tokens]: the first ``count[b]`` of each row's tokens."""
-    made = count.args[0] if count.target is operator.getitem else None
-    if isinstance(made, fx.Node) and made.target is torch.ops.mqc.token_order.default:
-        rows = TensorType((tensor_type(count).shape[0], tokens), torch.bool)
-        return call(graph, operator.getitem, (made, _VISUAL), rows, count)
-    batch = tensor_type(count).shape[0]
-    kind = TensorType((tokens,), torch.int64)
-    size = tokens
-    if not isinstance(tokens, int):
-        size = call(graph, aten.sym_size.int, (source, 1), SCALAR, count)
-    steps = call(graph, aten.arange.default, (size,), kind, count)
-    column = call(graph, aten.unsqueeze.default, (count, 1), kind.with_shape(batch, 1), count)
-    mask = TensorType((batch, tokens), torch.bool)
-    return call(graph, aten.lt.Tensor, (steps, column), mask, count)
 
 
 def _pack_weights(component: Component, params: ParamStore) -> int:

@@ -68,7 +68,10 @@ class OnnxTarget:
         from mqc.backends.onnx.lower import lower
         from mqc.passes.lowering import fuse, narrow_cache
 
-        fused = fuse(program, () if self.buffers else ("fuse-attention",))
+        left_out = [] if self.buffers else ["fuse-attention"]
+        if self.device == "cuda":  # pieces of rows would wait for the device to know their sizes
+            left_out.append("route-experts")
+        fused = fuse(program, tuple(left_out))
         return lower(narrow_cache(fused, program.facts.get(KV_CACHE, "float")), self.device)[0]
 
     def emit(

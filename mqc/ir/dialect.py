@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mqc.ops._library import ADDED
+
 VIEW_OPS = frozenset(
     f"aten.{name}"
     for name in (
@@ -83,7 +85,7 @@ MQC_QUANTIZED_OPS = MQC_FLOAT_OPS | frozenset(
     for name in (
         "quantize_static linear_w4a8 linear_w8a8 linear_w4a16 linear_w8a16 embedding_w8 "
         "rms_norm_quantize activation_quantize attention attention_int8 attention_full token_order "
-        "take_tokens take_keys rotary_angles"
+        "take_tokens take_keys rotary_angles route_rows split_rows join_rows"
     ).split()
 )
 UNCANONICAL_OPS = frozenset(
@@ -100,18 +102,23 @@ _SHARED = VIEW_OPS | INDEX_OPS | POINTWISE_OPS | CREATE_OPS | COMPUTE_OPS | SIZE
 
 @dataclass(frozen=True)
 class Dialect:
-    """A table: all operators, or only ``legal`` ones, may occur, but never ``banned`` ones."""
+    """A table: all operators, or only ``legal`` ones, may occur, but never ``banned`` ones.
+
+    ``open``: those that packages added (:func:`mqc.ops.add_operator`) may occur as well.
+    """
 
     name: str
     legal: frozenset[str] | None = None
     banned: frozenset[str] = frozenset()
+    open: bool = False
 
     def illegal(self, targets: Iterable[str]) -> list[str]:
         """Those of ``targets`` that may not occur, sorted, without repeats."""
         found = set(targets)
         wrong = found & self.banned
         if self.legal is not None:
-            wrong |= found - self.legal
+            added = {f"mqc.{name}.default" for name in ADDED} if self.open else set()
+            wrong |= found - self.legal - added
         return sorted(wrong)
 
 
@@ -120,7 +127,7 @@ DIALECTS: dict[str, Dialect] = {
     for dialect in (
         Dialect("captured"),
         Dialect("canonical", banned=UNCANONICAL_OPS),
-        Dialect("quantized", legal=_SHARED | MQC_QUANTIZED_OPS),
+        Dialect("quantized", legal=_SHARED | MQC_QUANTIZED_OPS, open=True),
         Dialect("cuda", legal=_SHARED | MQC_QUANTIZED_OPS | {"mqc_cuda.linear.default"}),
     )
 }

@@ -22,7 +22,9 @@ Fused operators (`rms_norm_quantize`, `activation_quantize`, `attention` and `at
 cache, `attention_full` without one, `token_order`, `take_tokens`, `take_keys`, `rotary_angles`, the
 linears' `residual`) are what lowering passes write for targets with kernels for them. Each is
 defined as the composition of the operators it replaces, so a lowered program gives the same bits as
-before.
+before. `route_rows`, `split_rows` and `join_rows` give each expert of a mixture its own rows.
+
+:func:`add_operator` takes an operator of another package (docs/passes.md has an example).
 
 In ONNX an operator is a node of domain "ai.mqc", version 1; its op type names the variant by the
 inputs present, e.g. ``LinearW4A8_count_bias_split`` (see `mqc.ops.onnx_functions`).
@@ -42,13 +44,16 @@ from mqc.ops import (
     rank_update,
     rms_norm_quantize,
     rotary_angles,
+    routed_rows,
     token_order,
 )
-from mqc.ops._library import OPS, OpDef
+from mqc.ops._library import OPS, OnnxForm, OpDef, add_operator
 
 __all__ = [
     "OPS",
+    "OnnxForm",
     "OpDef",
+    "add_operator",
     "activation_quantize",
     "attention",
     "attention_full",
@@ -62,5 +67,6 @@ __all__ = [
     "rank_update",
     "rms_norm_quantize",
     "rotary_angles",
+    "routed_rows",
     "token_order",
 ]

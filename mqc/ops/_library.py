@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mqc.errors import UsageError
+
 if TYPE_CHECKING:
     from mqc.ops._onnx_body import Body
 
@@ -26,7 +28,8 @@ class OnnxForm:
         flags: the variant of a call, in canonical order; op type = name + "_" + flags.
         inputs: input names of a variant, in order.
         body: writes the standard-op body of a variant and returns the names of its outputs.
-        dtypes: tensor dtypes (ONNX names) an input or output may have; "float" where not listed.
+        dtypes: tensor dtypes (ONNX names) an input or output may have; where not listed, those of
+            "*", or "float".
         constants: extra inputs made from a call's arguments (name -> NumPy array).
         attributes: integer and float schema arguments that are kept as attributes.
         outputs: output names of a variant, in order. A variant may leave out the last results of
@@ -49,8 +52,8 @@ class OpDef:
 
     name: str
     schema: str
-    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-    fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    reference: Callable[..., torch.Tensor | Sequence[torch.Tensor]]
+    fake: Callable[..., torch.Tensor | Sequence[torch.Tensor]]
     onnx: OnnxForm
 
     @property
@@ -80,6 +83,26 @@ class OpDef:
 
 OPS: dict[str, OpDef] = {}
 """All operators by name."""
+
+
+ADDED: set[str] = set()
+"""Names of those that came through :func:`add_operator`."""
+
+
+def add_operator(op: OpDef) -> OpDef:
+    """Register an operator of another package as ``torch.ops.mqc.<name>``.
+
+    Graphs of every dialect but ``cuda`` may then call it: target ``reference`` runs
+    ``op.reference``, which computes in the dtype it is given (float64 while ``--verify-each``
+    proves a pass); target ``onnx`` writes ``op.onnx``'s body into the file. Raises
+    :class:`~mqc.errors.UsageError` for a name that is taken.
+    """
+    if op.name in OPS:
+        raise UsageError(
+            f"there is an operator mqc::{op.name} already", hint="give yours another name"
+        )
+    ADDED.add(op.name)
+    return register(op)
 
 
 def register(op: OpDef) -> OpDef:

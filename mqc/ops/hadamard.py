@@ -63,6 +63,16 @@ def hadamard_body(body: Body, x: str, flags: Sequence[str]) -> str:
     count = len(factor_inputs(flags))
     if count == 0:
         return x
+    if count == 1:
+        return _turned(body, x, count)
+    # onnxruntime has no product of one matrix with none from the left.
+    rows = body("Greater", body("Size", x), body.constant(np.int64(0)))
+    return body.choose(
+        rows, lambda inner: _turned(inner, x, count), lambda inner: inner("Identity", x)
+    )
+
+
+def _turned(body: Body, x: str, count: int) -> str:
     sizes = [body.dim(f"factor{i}", 0) for i in range(count)]
     minus = body.axes(-1)
     last = f"factor{count - 1}"  # symmetric, or the only one: transposed below
@@ -73,7 +83,7 @@ def hadamard_body(body: Body, x: str, flags: Sequence[str]) -> str:
         y = body("Reshape", y, body("Concat", minus, sizes[i], right, axis=0))
         y = body("MatMul", f"factor{i}", y)
         right = body("Mul", right, sizes[i])
-    return body("Reshape", y, body("Shape", x))
+    return body("Reshape", y, body("Shape", x), allowzero=1)  # there may be no rows
 
 
 OP = register(

@@ -174,7 +174,8 @@ def _grouped_product(body: Body, x: str, weight: str, zero_point: str) -> str:
     by_group = body("Unsqueeze", body("Transpose", "w_scale", perm=[1, 0]), body.axes(1))
     total = body("ReduceSum", body("Mul", product, by_group), body.axes(0), keepdims=0)
     outer = body("Shape", "xq", start=0, end=-1)
-    return body("Reshape", total, body("Concat", outer, body.dim("w_scale", 0), axis=0))
+    shape = body("Concat", outer, body.dim("w_scale", 0), axis=0)
+    return body("Reshape", total, shape, allowzero=1)  # there may be no rows
 
 
 _SCHEMA = (

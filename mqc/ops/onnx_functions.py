@@ -33,6 +33,7 @@ _TYPES = {
     "bool|int64": ["tensor(bool)", "tensor(int64)"],
     "int64": ["tensor(int64)"],
     "float|int64": ["tensor(float)", "tensor(int64)"],
+    "float|bool": ["tensor(float)", "tensor(bool)"],
 }
 
 
@@ -108,9 +109,10 @@ def _schema(op_type: str) -> onnx.defs.OpSchema:
     attribute = onnx.defs.OpSchema.AttrType
     parameter = onnx.defs.OpSchema.FormalParameter
     constraints: list[tuple[str, list[str], str]] = []
+    other = form.dtypes.get("*", "float")
 
     def typed(name: str) -> onnx.defs.OpSchema.FormalParameter:
-        constraints.append((f"T_{name}", _TYPES[form.dtypes.get(name, "float")], ""))
+        constraints.append((f"T_{name}", _TYPES[form.dtypes.get(name, other)], ""))
         return parameter(name, f"T_{name}")
 
     return onnx.defs.OpSchema(

@@ -117,6 +117,9 @@ def calls() -> dict[str, tuple[object, ...]]:
         "rotary_angles": (
             *(torch.arange(9).reshape(3, 1, 3), torch.rand(4), torch.tensor([0, 1, 1, 2])),
         ),
+        "route_rows": (torch.tensor([[[0, 2], [2, 0], [0, 3]]]), 4),
+        "split_rows": (x, torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([3, 0, 2, 1]), 4),
+        "join_rows": (torch.randn(1, 6, 8), torch.rand(1, 3, 2), torch.arange(6).view(1, 3, 2)),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from mqc.host import Engine, ProgramEngine, Prompt, append_answer, generate_batc
 from mqc.ir import Program
 from mqc.ir.edit import tensor_type
 from mqc.numerics.stats import relative_error
+from mqc.passes.route_experts import RouteExperts
 from mqc.pipeline import default_passes
 from mqc.spec import named_scheme
 from mqc.testing.families import FAMILIES, build_family
@@ -79,12 +80,17 @@ class Row:
         return asdict(self)
 
 
-def measure(name: str, scheme: str = "w4a8") -> Row:
-    """The row of family ``name``; what cannot be captured is in it, other failures are raised."""
+def measure(
+    name: str, scheme: str = "w4a8", take: Callable[[str, torch.dtype], Program] | None = None
+) -> Row:
+    """The row of family ``name``; what cannot be captured is in it, other failures are raised.
+
+    ``take``: gives the captured program of a family in a dtype, where one is there already.
+    """
     start = time.perf_counter()
     row = Row(name, False)
     try:
-        _measure(row, scheme)
+        _measure(row, scheme, take or _captured)
     except MqcError as error:
         if row.captured:
             raise
@@ -93,10 +99,14 @@ def measure(name: str, scheme: str = "w4a8") -> Row:
     return row
 
 
-def _measure(row: Row, scheme_name: str) -> None:
+def _captured(name: str, dtype: torch.dtype) -> Program:
+    return capture(build_family(name, dtype)[0], dtype=dtype)
+
+
+def _measure(row: Row, scheme_name: str, take: Callable[[str, torch.dtype], Program]) -> None:
     family = FAMILIES[row.family]
     model, _ = build_family(row.family, torch.float64)
-    program = capture(model, dtype=torch.float64)
+    program = take(row.family, torch.float64)
     row.captured = True
     adapter = adapter_for(model.config)
     samples = family_samples(family, model.config, torch.float64, 5)
@@ -107,7 +117,7 @@ def _measure(row: Row, scheme_name: str) -> None:
     scheme = named_scheme(scheme_name)
     passes = default_passes(scheme)
     wide = program.to(torch.float64)
-    exact = PassManager([item for item in passes if item.preserves])
+    exact = PassManager([*(item for item in passes if item.preserves), RouteExperts()])
     rewritten = exact.run(wide, PassContext(scheme))
     row.float_error = end_to_end_error(wide, rewritten)
     if takes_videos(row.family):
@@ -139,7 +149,7 @@ def _measure(row: Row, scheme_name: str) -> None:
     ours = _answers(reference, answered)
     row.aifs_agreement = _agreement(ours, _answers(ProgramEngine(plain), answered))
     with TemporaryDirectory() as folder:
-        lowered = lower(compiled)[0]
+        lowered = lower(PassManager([RouteExperts()]).run(compiled, PassContext()))[0]
         emit(lowered, Path(folder))
         engine = OnnxEngine(Path(folder), lowered.facts)
         theirs = _answers(engine, answered)
