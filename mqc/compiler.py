@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mqc.artifact import ArtifactWriter, folder_size
 from mqc.backends.registry import Target, get_target
 from mqc.calib.dataset import Dataset, load_dataset
-from mqc.capture import adapter_for, capture, checkpoint_folder, load_processor
+from mqc.capture import Processor, adapter_for, capture, check_processor, checkpoint_folder
 from mqc.config import make_recipe
 from mqc.errors import TargetError, UsageError
 from mqc.host import ProgramEngine, Runnable, append_answer
@@ -155,7 +155,10 @@ def compile(  # noqa: A001  (mqc.compile)
     backend = _usable_target(target, device)
     pipeline = default_passes(plan, [*chosen.passes, *passes])
     stages = Stages(report, ["capture", *(item.name for item in pipeline), "emit"])
+    # What can be wrong in a user's files is found before anything that takes time.
     folder = checkpoint_folder(model, revision)
+    processor = check_processor(folder, trust_remote_code)
+    data = _calibration_rows(plan, folder.name, calibration, samples)
     place = Path(out) if out else Path(f"{Path(model).name}-{plan.name}-{backend.name}")
     chosen_options = options or PassOptions()
     _check_dumps(chosen_options, pipeline)
@@ -170,13 +173,12 @@ def compile(  # noqa: A001  (mqc.compile)
             progress=report.step,
         )
         program.params.scratch = NamedScratch(partial.folder)
-        data = _calibration_rows(plan, program, calibration, samples)
         key = {**asked, **data_key(program, folder, data)}
         partial.require(key)
         checkpoints = Checkpoints(partial.folder, program, partial.keep_key(key), report.note)
         calibrated = None
         if data is not None:
-            calibrated = _prompts(data, program, folder, trust_remote_code)
+            calibrated = _prompts(data, program, folder, processor, trust_remote_code)
         context = PassContext(plan, calibrated, plan.seed, limit=chosen_options.limit)
         program, records, resumed = _run_passes(
             pipeline, program, context, chosen_options, stages, checkpoints
@@ -241,10 +243,12 @@ def opt(
     program.params.scratch = Scratch(Path(tempfile.gettempdir()))
     calibrated = None
     if {"static-scales", "quantize-weights", "rms-suppress"} & {item.name for item in pipeline}:
-        data = _calibration_rows(plan, program, calibration, samples)
+        name = program.facts.get("source", {}).get("name")
+        data = _calibration_rows(plan, name, calibration, samples)
         if data is not None:
             folder = _model_folder(source, program)
-            calibrated = _prompts(data, program, folder, trust_remote_code)
+            processor = check_processor(folder, trust_remote_code)
+            calibrated = _prompts(data, program, folder, processor, trust_remote_code)
     chosen_options = options or PassOptions()
     _check_dumps(chosen_options, pipeline)
     context = PassContext(plan, calibrated, plan.seed, limit=chosen_options.limit)
@@ -319,14 +323,9 @@ def _run_passes(
     return manager.run(program, context, state), manager.records, resumed
 
 
-def _embedded_name(facts: Mapping[str, Any]) -> str | None:
-    name = facts.get("source", {}).get("name")
-    return name if name in EMBEDDED else None
-
-
 def _calibration_rows(
     scheme: Scheme,
-    program: Program,
+    name: str | None,
     source: str | Path | Sequence[Any] | None,
     samples: int,
 ) -> Dataset | None:
@@ -334,7 +333,7 @@ def _calibration_rows(
         return None
     if samples < 1:
         raise UsageError(f"{samples} calibration samples", hint="use 128 or more")
-    if source is None and _embedded_name(program.facts):
+    if source is None and name in EMBEDDED:
         source = f"tiny-vqa:calibration:{samples}"
     if source is None:
         raise UsageError(
@@ -346,18 +345,18 @@ def _calibration_rows(
 
 
 def _prompts(
-    data: Dataset, program: Program, folder: Path, trust_remote_code: bool
+    data: Dataset, program: Program, folder: Path, processor: Processor, trust_remote_code: bool
 ) -> list[Prompt]:
     """The rows as prompts; where a row has an answer, its tokens follow the prompt."""
-    processor = load_processor(folder, trust_remote_code)
     adapter = adapter_for(folder, trust_remote_code)
     runnable = Runnable(ProgramEngine(program), processor, adapter)
     prompts: list[Prompt] = []
     for row in data:
-        prompt = runnable.prompt(row.loaded())
-        if row.answer is not None:
-            tokens = answer_ids(row.answer, runnable.tokenizer, program.facts)
-            prompt = append_answer(prompt, tokens)
+        with row.named():
+            prompt = runnable.prompt(row.loaded())
+            if row.answer is not None:
+                tokens = answer_ids(row.answer, runnable.tokenizer, program.facts)
+                prompt = append_answer(prompt, tokens)
         prompts.append(prompt)
     return prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mqc
+from mqc.backends.onnx.library import ops_library
 from mqc.cli import app
 from mqc.host import evaluate
 from mqc.models import embedded_model_path
@@ -69,6 +71,31 @@ def test_onnx_answers_as_the_reference() -> None:
     items = [reference.eval_item(vqa.messages(row), row.answer) for row in rows]
     report = evaluate(onnx.engine, items, baseline=reference.engine)
     assert report.kl is not None and report.kl <= 2e-3 and report.agreement == 1.0
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_the_program_of_the_deployment_page(library: bool, tmp_path: Path) -> None:
+    """It runs as printed, imports neither torch nor mqc, and answers as ``mqc.load`` does."""
+    page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(# ask\.py.*?)```", page, re.DOTALL)
+    ends = 'assert not {"torch", "transformers", "mqc"} & set(sys.modules)\n'
+    (tmp_path / "ask.py").write_text(source + ends, encoding="utf-8")
+    sample = vqa.sample("evaluation", 3)
+    sample.image.save(tmp_path / "picture.png")
+    if library and ops_library() is None:
+        pytest.skip("the native library was not built")
+    path = [str(ops_library())] if library else []
+    question = "what is at row 1 column 2 ?"
+    told = subprocess.run(
+        [sys.executable, "-P", "ask.py", str(compiled("onnx")), "picture.png", question, *path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    answer = mqc.load(compiled("onnx")).generate(prompt=question, images=[sample.image])
+    assert told.stdout.strip() == answer.text and answer.text
 
 
 def test_three_images_and_none() -> None:

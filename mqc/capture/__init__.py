@@ -26,7 +26,7 @@ positions below zero).
 from __future__ import annotations
 
 from mqc.capture.adapters import Adapter, GridAdapter, adapter_for, register
-from mqc.capture.build import capture, capture_shapes
+from mqc.capture.build import capture, capture_shapes, check_processor
 from mqc.capture.locate import checkpoint_folder
 from mqc.capture.probe import ProbeReport, probe
 from mqc.capture.processor import Processor, load_processor, processor_files
@@ -39,6 +39,7 @@ __all__ = [
     "adapter_for",
     "capture",
     "capture_shapes",
+    "check_processor",
     "checkpoint_folder",
     "load_processor",
     "probe",

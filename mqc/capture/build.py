@@ -27,6 +27,7 @@ from mqc.capture.export import (
 )
 from mqc.capture.importer import Imported, import_component
 from mqc.capture.locate import checkpoint_folder, load_config
+from mqc.capture.processor import Processor, load_processor
 from mqc.capture.recurrent import use_gated_delta
 from mqc.capture.skeleton import Skeleton, build_skeleton
 from mqc.capture.weights import (
@@ -133,6 +134,25 @@ class Source:
         if isinstance(self.weights, FolderWeights) and self.facts["kind"] != "hub":
             return {**self.facts, "sha256": self.weights.digest()}
         return dict(self.facts)
+
+
+def check_processor(folder: Path, trust_remote_code: bool = False) -> Processor:
+    """The processor of a checkpoint that can be asked something; no weights are looked for.
+
+    Raises :class:`CheckpointError` for a model that is no image-text model, for tokenizer and
+    processor files that are missing or damaged, and without a chat template.
+    """
+    _require_supported(load_config(folder, trust_remote_code), trust_remote_code)
+    processor = load_processor(folder, trust_remote_code)
+    if not (
+        getattr(processor.hf, "chat_template", None)
+        or getattr(processor.tokenizer, "chat_template", None)
+    ):
+        raise CheckpointError(
+            f"{folder} has no chat template: prompts cannot be written",
+            hint="add chat_template.jinja (the original checkpoint has one)",
+        )
+    return processor
 
 
 def capture(

@@ -63,7 +63,8 @@ def resolve_target(name: str) -> Any:
     except (AttributeError, ValueError) as error:
         raise ArtifactError(
             f"unknown operator {name!r} in a saved graph",
-            hint="the file was written by another version of mqc or torch; compile it again",
+            hint="import the module that adds it (mqc.ops.add_operator); where there is none, "
+            "another version of mqc or torch wrote the file: compile it again",
         ) from error
 
 
