@@ -1,7 +1,8 @@
 """mqc: a compiler for quantized multimodal large language models.
 
 Importing this package is cheap: torch and transformers load when the first of the names below is
-used. ``mqc.compile`` turns a checkpoint into an artifact, ``mqc.load`` opens one.
+used. ``mqc.compile`` turns a checkpoint into an artifact, ``mqc.load`` opens one; all errors that
+are raised on purpose are ``mqc.MqcError``, with the remedy in ``hint``. In a shell: ``mqc --help``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from mqc.api import compile, evaluate, inspect, load, opt, plan, probe  # noqa: A004
     from mqc.backends.onnx.library import onnx_ops_library
     from mqc.capture import capture
+    from mqc.errors import MqcError
     from mqc.transform import Pass, PassManager
 
 __version__ = "0.1.0"
 __all__ = [
+    "MqcError",
     "Pass",
     "PassManager",
     "capture",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "MqcError": "mqc.errors",
     "Pass": "mqc.transform",
     "PassManager": "mqc.transform",
     "capture": "mqc.capture",

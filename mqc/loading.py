@@ -18,8 +18,21 @@ if TYPE_CHECKING:
 def load(artifact: str | Path, **options: Any) -> Runnable:
     """Open an artifact: ``mqc.load(path).generate(prompt="...", images=["a.png"])``.
 
-    ``options`` are the target's, e.g. ``device="reference"`` or ``kv_cache="int8"`` for ``cuda``;
-    ``trust_remote_code=True`` runs the code that the artifact's checkpoint brought.
+    Args:
+        artifact: folder that :func:`mqc.compile` wrote; every file is compared with its hash.
+        options: the target's. ``onnx``: ``provider`` ("cpu", "cuda"), ``threads``, ``profile``;
+            ``cuda``: ``device`` ("cuda", "reference"), ``kv_cache`` ("float", "int8"), ``graphs``,
+            ``capacity``; all: ``trust_remote_code=True`` runs the code that the checkpoint brought.
+
+    Returns:
+        A runnable: ``generate`` (text, tokens, times), ``stream`` (pieces of text),
+        ``generate_batch``. Prompts are a text with ``images`` and ``videos`` (paths, PIL images,
+        uint8 arrays [height, width, 3]), or chat messages.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged or of another format version.
+        TargetError: what the target needs is not here; the hint says what.
+        UsageError: an option that the target does not have.
     """
     return load_artifact(artifact, **options)
 

@@ -20,7 +20,7 @@ from mqc.ir import Component, Program, TensorType
 from mqc.ir.edit import aten
 from mqc.ir.symbols import ExampleSizes
 from mqc.pipeline import make_passes, pass_names
-from mqc.spec import Scheme, WeightSpec
+from mqc.spec import Scheme, WeightSpec, named_scheme
 from mqc.transform import PassContext, PassManager
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Plan:
 
 def plan(
     model: str | Path | PretrainedConfig | PreTrainedModel,
-    scheme: Scheme,
+    scheme: str | Scheme = "w4a8",
     *,
     tokens: int = 1024,
     image_tokens: int = 256,
@@ -91,17 +91,24 @@ def plan(
 
     Args:
         model: a folder (``config.json`` is enough), a hub id, a configuration, or a model.
-        scheme: what a compile would quantize.
+        scheme: what a compile would quantize: a scheme, or the name of one.
         tokens: length of the prompt that activations are forecast for.
         image_tokens: visual tokens of an image, for towers of a variable grid.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: let transformers run code that comes with the checkpoint.
 
-    Columns that ``rms-suppress`` would split are not known (it reads weights and activations);
-    each costs 4 bytes for every output channel. Raises ``CheckpointError`` and ``CaptureError``
-    as :func:`mqc.capture.capture` does.
+    Returns:
+        Streams, rotations and, for each component, linears and bytes; see :class:`Plan`. Columns
+        that ``rms-suppress`` would split are not known (it reads weights and activations); each
+        costs 4 bytes for every output channel.
+
+    Raises:
+        UsageError: no scheme has this name.
+        CheckpointError: there is no such model, or of another kind.
+        CaptureError: a component could not be turned into a graph.
     """
     start = time.perf_counter()
+    scheme = named_scheme(scheme) if isinstance(scheme, str) else scheme
     program = capture_shapes(model, revision=revision, trust_remote_code=trust_remote_code)
     sizes = ExampleSizes(1, tokens=tokens, past=0, rows=1)
     rows = str(program.components["vision"].output("image_embeds").type.shape[0])

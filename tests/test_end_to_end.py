@@ -98,6 +98,13 @@ def test_the_program_of_the_deployment_page(library: bool, tmp_path: Path) -> No
     assert told.stdout.strip() == answer.text and answer.text
 
 
+def test_threads_of_a_session() -> None:
+    engine = mqc.load(compiled("onnx"), threads=1).engine
+    assert engine.session("embed").get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
+    with pytest.raises(mqc.MqcError, match="threads 0"):
+        mqc.load(compiled("onnx"), threads=0)
+
+
 def test_three_images_and_none() -> None:
     model = mqc.load(compiled("onnx"))
     picture = vqa.sample("evaluation", 0).image

@@ -91,6 +91,7 @@ class OnnxTarget:
         path: Path,
         *,
         provider: str | None = None,
+        threads: int | None = None,
         profile: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Runnable:
@@ -99,25 +100,30 @@ class OnnxTarget:
         Args:
             path: its folder.
             provider: "cpu" or "cuda" (onnxruntime-gpu and a GPU); the target's where None.
+            threads: of each session; the target's where None, torch's number where that is None.
             profile: folder for onnxruntime's traces of every node, written when sessions end;
                 tools/profile_onnx.py sums them up.
             trust_remote_code: run the code that the checkpoint brought.
 
         Raises:
             TargetError: no onnxruntime, or not one with this provider.
+            UsageError: a number of threads that is not possible.
         """
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads {threads!r} are not possible", hint="use 1 or more")
         if not _installed("onnxruntime"):
             raise TargetError(
                 f"artifact {path} needs onnxruntime, which is not installed",
                 hint="pip install mqc[cpu]",
             )
         used, traces = provider or self.provider, None if profile is None else Path(profile)
+        workers = self.threads if threads is None else threads
 
         def engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
             from mqc.backends.onnx.session import OnnxEngine
 
             return OnnxEngine(
-                folder, manifest["facts"], threads=self.threads, provider=used, profile=traces
+                folder, manifest["facts"], threads=workers, provider=used, profile=traces
             )
 
         return load_runnable(path, engine, trust_remote_code=trust_remote_code)
