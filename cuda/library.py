@@ -16,7 +16,7 @@ from typing import Any
 
 from mqc.errors import MqcError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE_NAME = "libmqc_cuda.so"
 _UNSUPPORTED = 2
 _DEVICE = 3
@@ -106,7 +106,7 @@ class LinearArgs(Arguments):
 
     _fields_ = _fields("""
         u32 size
-        i32 kernel layout dtype modality_kind split_columns split_k reserved
+        i32 kernel layout dtype modality_kind split_columns split_k x_dtype
         i64 rows n k rows_per_sequence x_stride y_stride residual_stride x_split_stride
         ptr x w w_scale x_scale modality bias x_split w_split residual y workspace
         i64 workspace_bytes

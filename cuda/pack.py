@@ -2,8 +2,9 @@
 
 Weights are the left operand of the matrix instructions: a tile of 64 channels x 128 inputs is
 stored in the order in which the 128 threads of four warps hold it in registers, so one packed
-copy serves ``mma.m16n8k32`` (sm_80 on) and ``wgmma.m64nNk32`` (sm_90a). Both sizes are padded with
-zeros. Where groups of inputs have scales, a tile's stand behind its values.
+copy serves ``mma.m16n8k32`` (sm_80 on) and ``wgmma.m64nNk32`` (sm_90a), and ``mma.m16n8k16`` where
+activations are of a half type. Both sizes are padded with zeros. Where groups of inputs have
+scales, a tile's stand behind its values.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ class Layout(IntEnum):
     W4_64X128_G32 = 3
     W4_64X128_G64 = 4
     W4_64X128_G128 = 5
+    W8_64X128_G32 = 6
+    W8_64X128_G128 = 7
 
     @property
     def bits(self) -> int:
         """Bits of a stored weight."""
-        return 8 if self is Layout.W8_64X128 else 4
+        return 8 if self.name.startswith("W8") else 4
 
     @property
     def group(self) -> int:
         """Inputs that share a scale; 0: all of a channel's."""
-        return _GROUPS.get(self, 0)
+        return int(self.name.partition("_G")[2] or 0)
 
     @property
     def value_bytes(self) -> int:
@@ -57,17 +60,17 @@ class Layout(IntEnum):
         return -(-n // TILE_CHANNELS) * -(-k // TILE_INPUTS) * self.tile_bytes
 
 
-_GROUPS = {Layout.W4_64X128_G32: 32, Layout.W4_64X128_G64: 64, Layout.W4_64X128_G128: 128}
-
-
 def layout_for(bits: int, group: int = 0) -> Layout | None:
     """The layout of weights of ``bits`` (4 or 8) with a scale for every ``group`` inputs (0: one a
     channel), or None. Groups that no layout has are taken in equal parts of one that has."""
     part = math.gcd(group, TILE_INPUTS)
-    for layout in Layout:
-        if (layout.bits, layout.group) == (bits, part if group else 0):
-            return layout
-    return None
+    fitting = [
+        layout
+        for layout in Layout
+        if layout.bits == bits and (layout.group > 0) == (group > 0)
+        if not group or part % layout.group == 0
+    ]
+    return max(fitting, key=lambda layout: layout.group, default=None)
 
 
 def pack_weight(q: Tensor, layout: Layout, scales: Tensor | None = None) -> Tensor:
@@ -163,7 +166,8 @@ def unpack_scales(packed: Tensor, layout: Layout, n: int, k: int) -> Tensor:
 
 
 def pack_linear(qweight: Tensor, k: int, scales: Tensor | None = None) -> tuple[Tensor, Layout]:
-    """Pack the stored weight of ``mqc::linear_w4a8`` (uint8) or ``linear_w8a8`` (int8).
+    """Pack the stored weight of ``mqc::linear_w4a8`` (uint8) or ``linear_w8a8`` (int8), or of
+    ``linear_w4a16`` or ``linear_w8a16``.
 
     Args:
         qweight: uint8 [N, ceil(k/2)] (two int4 a byte) or int8 [N, k].

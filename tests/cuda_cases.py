@@ -28,6 +28,18 @@ QUICK = [
 """Rounding weights to nearest takes a second; GPTQ is not what is tested here."""
 
 
+WEIGHT_ONLY = (
+    *(
+        f"{part}.activations.{what}"
+        for part in ("vision", "decoder")
+        for what in ("bits=none", "per_modality=false")
+    ),
+    "quantize_head=true",
+    "quantize_embeddings=true",
+)
+"""Integer weights with float activations everywhere, as in the shipped recipe weight-only."""
+
+
 @cache
 def quantized(name: str, overrides: tuple[str, ...] = (), target: str = "cuda") -> Program:
     """An embedded model after the passes of w4a8 as ``target`` wants them."""

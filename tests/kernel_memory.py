@@ -24,8 +24,12 @@ def _modality(a: Any) -> dict[str, int]:
 
 def _linear(a: Any) -> dict[str, int]:
     item = _BYTES[a.dtype]
+    if a.x_dtype in (DType.BF16, DType.F16):
+        x = _rows(a.rows, a.x_stride, a.k, 2)
+    else:
+        x = _rows(a.rows, a.x_stride, -(-a.k // 16) * 16, 1)  # 16 bytes at a time
     return {
-        "x": _rows(a.rows, a.x_stride, -(-a.k // 16) * 16, 1),  # 16 bytes at a time
+        "x": x,
         "w": Layout(a.layout).nbytes(a.n, a.k),
         "w_scale": 4 * a.n,
         "x_scale": 8 if a.modality_kind else 4,

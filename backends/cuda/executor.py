@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import mqc.ops  # noqa: F401  (registers the operators that graphs call)
 from mqc.backends.cuda.kernels import Attention, CacheTensor, FullAttention, Kernels
-from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
 from mqc.backends.cuda.plan import Layout, Value, row_stride, solve, tensor_bytes
 from mqc.ir import Component
 from mqc.ir.dialect import CREATE_OPS
@@ -232,6 +232,20 @@ def _linear(kernels: Kernels, node: fx.Node) -> Step:
     return step
 
 
+def _linear_a16(kernels: Kernels, node: fx.Node) -> Step:
+    read = _readers(node, 8)
+    dtype, name = node.args[8], node.name
+    assert isinstance(dtype, torch.dtype)
+
+    def step(call: Call, values: dict[fx.Node, Any]) -> Tensor:
+        args = [item(values) for item in read]
+        out = call.arena.view(name, 0, (*args[0].shape[:-1], args[2].shape[0]), dtype)
+        kernels.linear_a16(out, *args)
+        return out
+
+    return step
+
+
 def _split_out(call: Call, name: str, x: Tensor, split: Tensor | None) -> Tensor | None:
     if split is None:
         return None
@@ -349,6 +363,7 @@ def _attention_full(kernels: Kernels, node: fx.Node) -> Step:
 
 _HANDLERS: dict[Any, Callable[[Kernels, fx.Node], Step | None]] = {
     LINEAR: _linear,
+    LINEAR_A16: _linear_a16,
     _mqc.rms_norm_quantize.default: _norm_quantize,
     _mqc.activation_quantize.default: _activation_quantize,
     _mqc.quantize_static.default: _quantize,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
 from mqc.ir import Component, Port, Program, TensorType
 from mqc.ir.edit import aten, call, is_tensor, tensor_type
 
@@ -92,7 +92,9 @@ class _Component:
 
     def _visit(self, node: fx.Node) -> None:
         if node.target is LINEAR:
-            self._linear(node)
+            self._linear(node, (6, 8))  # x_split, residual
+        elif node.target is LINEAR_A16:
+            self._linear(node, (0, 4, 6))  # x too
         elif node.target in _QUANTIZERS:
             pass  # they read any float type; the type of float columns follows
         elif node.target in _HEADS:
@@ -116,12 +118,12 @@ class _Component:
             self._unify(node)
         self._retype(node)
 
-    def _linear(self, node: fx.Node) -> None:
-        for index in (6, 8):  # x_split, residual
+    def _linear(self, node: fx.Node, floats: tuple[int, ...]) -> None:
+        for index in floats:
             value = node.args[index]
             if value is not None:
                 node.update_arg(index, self._half(value, node))
-        node.update_arg(10, self.dtype)
+        node.update_arg(len(node.args) - 1, self.dtype)
         node.meta["type"] = tensor_type(node).with_dtype(self.dtype)
 
     def _cast(self, node: fx.Node) -> None:
@@ -144,7 +146,7 @@ class _Component:
     def _retype(self, node: fx.Node) -> None:
         """The result's type from the operands'."""
         kind = node.meta.get("type")
-        if node.target is LINEAR or not isinstance(kind, TensorType):
+        if node.target in (LINEAR, LINEAR_A16) or not isinstance(kind, TensorType):
             return
         if not kind.dtype.is_floating_point:
             return

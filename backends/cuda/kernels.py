@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mqc.backends.cuda.ops import apply_unpacked, unpack
+from mqc.backends.cuda.ops import apply_unpacked, apply_unpacked_a16, unpack
 from mqc.cuda.pack import Layout
 from mqc.ops._heads import rotate
 from mqc.ops.attention import heads_of
@@ -166,6 +166,20 @@ class Kernels(Protocol):
     ) -> None:
         """``mqc_cuda::linear`` into ``out`` [..., N]."""
 
+    def linear_a16(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        x_split: Tensor | None,
+        w_split: Tensor | None,
+        residual: Tensor | None,
+        layout: int,
+    ) -> None:
+        """``mqc_cuda::linear_a16`` into ``out`` [..., N]."""
+
     def rms_norm_quantize(
         self,
         xq: Tensor,
@@ -236,12 +250,34 @@ class ReferenceKernels:
         layout: int,
     ) -> None:
         """See :class:`Kernels`."""
+        kept = self._unpack(weight, w_scale, layout, xq.shape[-1])
+        terms = (bias, x_split, w_split, residual)
+        out.copy_(apply_unpacked(xq, *kept, x_scale, modality, *terms, out.dtype))
+
+    def linear_a16(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        x_split: Tensor | None,
+        w_split: Tensor | None,
+        residual: Tensor | None,
+        layout: int,
+    ) -> None:
+        """See :class:`Kernels`."""
+        kept = self._unpack(weight, w_scale, layout, x.shape[-1])
+        out.copy_(apply_unpacked_a16(x, *kept, bias, x_split, w_split, residual, out.dtype))
+
+    def _unpack(
+        self, weight: Tensor, w_scale: Tensor, layout: int, k: int
+    ) -> tuple[Tensor, Tensor]:
         kept = self._unpacked.get(id(weight))
         if kept is None or kept[0] is not weight:
-            kept = (weight, *unpack(weight, w_scale, Layout(layout), xq.shape[-1]))
+            kept = (weight, *unpack(weight, w_scale, Layout(layout), k))
             self._unpacked[id(weight)] = kept
-        terms = (bias, x_split, w_split, residual)
-        out.copy_(apply_unpacked(xq, *kept[1:], x_scale, modality, *terms, out.dtype))
+        return kept[1:]
 
     def rms_norm_quantize(
         self,

@@ -93,6 +93,12 @@ class CountingKernels:
 
         return launch
 
+    def linear_a16(self, out: Tensor, x: Tensor, *_: Any) -> None:
+        """One launch, and torch's that make float16 of float32 rows."""
+        self.found["linear"] += 1
+        if x.dtype == torch.float32:
+            self.found.update({"torch clamp": 1, "torch _to_copy": 1})
+
     def rms_norm_quantize(self, xq: Tensor, x_split: Tensor | None, *_: Any) -> None:
         """One launch, and torch's for split columns."""
         self.found["rms_norm_quantize"] += 1

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mqc.backends.cuda.half import to_half
-from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
 from mqc.cuda.pack import Layout, layout_for, pack_linear
 from mqc.errors import TargetError
 from mqc.ir import Component, Program, TensorType, verify
@@ -27,7 +27,6 @@ from mqc.ir.edit import (
     tensor_type,
 )
 from mqc.ir.params import Loader
-from mqc.numerics.packing import unpack_int4
 from mqc.passes.fuse_angles import FuseAngles
 from mqc.passes.fuse_attention import FuseAttention
 from mqc.passes.fuse_quantize import FuseQuantize
@@ -63,8 +62,7 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
             and the accumulators are float32 in any case.
 
     Raises:
-        TargetError: an unknown dtype, weights that no kernel takes, or a program all of whose
-            quantized linears have float activations.
+        TargetError: an unknown dtype, or weights that no kernel takes.
     """
     if dtype not in DTYPES:
         raise TargetError(
@@ -80,13 +78,9 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
         result = manager.run(result, PassContext())
         for record in manager.records:
             counts.update(record.counts)
-    widened: list[str] = []
     for component in result:
         _pack_linears(result, component, counts)
-        widened += _widen_weight_only(result, component)
         _split_columns(result, component)
-    if widened:
-        _report_widened(result, widened, counts, dtype)
     if DTYPES[dtype] != torch.float32:
         to_half(result, DTYPES[dtype])
     _float_logits(result)
@@ -103,16 +97,19 @@ def lower(program: Program, dtype: str = "bf16") -> tuple[Program, dict[str, int
 
 
 def _pack_linears(program: Program, component: Component, counts: Counter[str]) -> None:
-    """``linear_w4a8`` and ``linear_w8a8`` -> ``mqc_cuda::linear`` on packed weights."""
+    """``linear_w4a8`` and ``linear_w8a8`` -> ``mqc_cuda::linear`` on packed weights; those of float
+    activations -> ``mqc_cuda::linear_a16``."""
     for node in list(component.graph.nodes):
-        if node.target not in _INTEGER:
+        if node.target not in _INTEGER and node.target not in _WEIGHT_ONLY:
             continue
+        floats = node.target in _WEIGHT_ONLY
         weight, scale = node.args[1], node.args[2]
         k = tensor_type(node.args[0]).shape[-1]
         n = tensor_type(scale).shape[0]
         assert isinstance(k, int) and isinstance(n, int)
         name = str(node.meta.get("layer") or weight.target)
-        layout = _layout(name, _INTEGER[node.target], tensor_type(scale), k)
+        bits = (_WEIGHT_ONLY if floats else _INTEGER)[node.target]
+        layout = _layout(name, bits, tensor_type(scale), k)
         packed, factors = f"{weight.target}.packed", str(scale.target)
         if packed not in program.params:
             names = (str(weight.target), factors if layout.group else None)
@@ -127,10 +124,11 @@ def _pack_linears(program: Program, component: Component, counts: Counter[str]) 
             stored.meta = {"type": TensorType((layout.nbytes(n, k),), torch.uint8)}
             channels = graph.create_node("get_attr", factors)
             channels.meta = {"type": TensorType((n,), torch.float32)}
-            rest = (argument(node, index) for index in range(3, 9))
+            rest = (argument(node, index) for index in range(3, 7 if floats else 9))
             args = [node.args[0], stored, channels, *rest]
             args += [int(layout), torch.float32]
-            new = call(graph, LINEAR, tuple(args), tensor_type(node), node)
+            target = LINEAR_A16 if floats else LINEAR
+            new = call(graph, target, tuple(args), tensor_type(node), node)
         new.meta.update({key: node.meta[key] for key in ("bits", "layer") if key in node.meta})
         replace(node, new)
         counts["packed weights"] += 1
@@ -149,9 +147,9 @@ def _layout(name: str, bits: int, scale: TensorType, k: int) -> Layout:
         return layout
     raise TargetError(
         f"{name} has {bits}-bit weights with a scale for every {group} inputs; the CUDA kernels "
-        "take groups of 4-bit weights, in multiples of 32 inputs",
-        hint="set group_size to 32, 64 or 128 where weights have 4 bits (as in "
-        "decoder.weights.group_size=128) and to null elsewhere, or compile for --target onnx",
+        "take groups in multiples of 32 inputs",
+        hint="set group_size to 32, 64 or 128 (as in decoder.weights.group_size=128) or to null, "
+        "or compile for --target onnx",
     )
 
 
@@ -164,61 +162,6 @@ def _packed(program: Program, names: tuple[str, str | None], k: int, size: int) 
         if weight.is_meta:
             return torch.empty(size, dtype=torch.uint8, device="meta")
         return pack_linear(weight, k, None if names[1] is None else source[names[1]])[0]
-
-    return load
-
-
-def _report_widened(program: Program, names: list[str], counts: Counter[str], dtype: str) -> None:
-    """Say in the history what weight-only linears became; refuse a program of nothing else."""
-    if not counts["packed weights"]:
-        raise TargetError(
-            "only weights are quantized; the CUDA kernels multiply integers by integers, and this "
-            f"program would be stored and read as {dtype}",
-            hint="quantize activations too (scheme w4a8 or w8a8), or compile for --target onnx",
-        )
-    counts["widened to float"] = len(names)
-    reason = f"no kernel takes float activations: its weight is stored and read as {dtype}"
-    skips = [{"where": name, "reason": reason} for name in names]
-    record = {"pass": "pack-weights", "counts": {"widened": len(names)}, "skips": skips}
-    program.history.append(record)
-
-
-def _widen_weight_only(program: Program, component: Component) -> list[str]:
-    """Weight-only linears as float ones; returns their names."""
-    found: list[str] = []
-    for node in list(component.graph.nodes):
-        if node.target not in _WEIGHT_ONLY:
-            continue
-        x, weight, scale, bias = node.args[:4]
-        kind = tensor_type(node)
-        k, n = tensor_type(x).shape[-1], kind.shape[-1]
-        assert isinstance(k, int) and isinstance(n, int)
-        name = f"{weight.target}.float"
-        if name not in program.params:
-            program.params[name] = _dequantized(program, str(weight.target), str(scale.target), k)
-        graph = component.graph
-        with graph.inserting_before(node):
-            stored = graph.create_node("get_attr", name)
-            stored.meta = {"type": TensorType((n, k), torch.float32)}
-            new = call(graph, aten.linear.default, (x, stored, bias), kind, node)
-            if argument(node, 4) is not None:
-                args = (new, argument(node, 4), argument(node, 5))
-                new = call(graph, _mqc.rank_update.default, args, kind, node)
-            if argument(node, 6) is not None:
-                new = call(graph, aten.add.Tensor, (new, argument(node, 6)), kind, node)
-        replace(node, new)
-        found.append(str(node.meta.get("layer") or weight.target))
-    return found
-
-
-def _dequantized(program: Program, weight: str, scale: str, k: int) -> Loader:
-    source = program.params.copy()
-
-    def load() -> torch.Tensor:
-        q, s = source[weight], source[scale]
-        q = unpack_int4(q, k) if q.dtype == torch.uint8 else q
-        s = s.reshape(s.shape[0], -1)
-        return (q.to(s.dtype).reshape(q.shape[0], s.shape[1], -1) * s[:, :, None]).reshape(q.shape)
 
     return load
 
@@ -243,16 +186,22 @@ def _split_columns(program: Program, component: Component) -> None:
 
 
 def _float_logits(program: Program) -> None:
-    """The logits' linear gives float32: its sums are, and rounding them would only tie tokens."""
+    """The logits' linear gives float32: its sums are, and rounding them would only tie tokens.
+
+    One that adds float columns or a residual keeps their type.
+    """
     component = program.components["decoder"]
     node: Any = component.output_value("logits")
     chain = [node]
     while node.target in (aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default):
         node = node.args[0]
         chain.append(node)
-    if node.target is not LINEAR or any(len(item.users) != 1 for item in chain):
+    added = {LINEAR: (6, 8), LINEAR_A16: (4, 6)}.get(node.target)
+    if added is None or any(node.args[index] is not None for index in added):
         return
-    node.update_arg(10, torch.float32)
+    if any(len(item.users) != 1 for item in chain):
+        return
+    node.update_arg(len(node.args) - 1, torch.float32)
     for item in chain:
         item.meta["type"] = tensor_type(item).with_dtype(torch.float32)
     component.outputs = [

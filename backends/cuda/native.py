@@ -32,16 +32,25 @@ from mqc.numerics.hadamard import hadamard_factors
 
 MAX_BASE = {torch.float32: 160, torch.bfloat16: 352, torch.float16: 352}
 """Largest dense Hadamard factor by the rows' type."""
+LARGEST_HALF = torch.finfo(torch.float16).max
 MAX_NORM = 16384
 MAX_ROW = 32768
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """int8 rows as the linear reads them: 16-byte aligned, strides of a multiple of 16 bytes."""
+    """Rows as the linear reads them: 16-byte aligned, strides of a multiple of 16 bytes."""
     flat = as_rows(x)
-    if flat.stride(0) % ROW_ALIGNMENT == 0 and flat.data_ptr() % ROW_ALIGNMENT == 0:
+    values = ROW_ALIGNMENT // x.element_size()
+    if flat.stride(0) % values == 0 and flat.data_ptr() % ROW_ALIGNMENT == 0:
         return flat
-    return pad(flat, (0, -flat.shape[1] % ROW_ALIGNMENT))[:, : x.shape[-1]]
+    return pad(flat, (0, -flat.shape[1] % values))[:, : x.shape[-1]]
+
+
+def half_rows(x: Tensor) -> Tensor:
+    """Float rows as the linear reads them: float32 as float16, at most its largest value."""
+    if x.dtype == torch.float32:
+        x = x.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)
+    return aligned_rows(x)
 
 
 @functools.cache
@@ -123,6 +132,47 @@ class NativeKernels(NativeAttention):
         self.workspace("linear", (layout, x.shape[0], w_scale.shape[0], xq.shape[-1]), arguments)
         self.launch("linear", arguments)
         del kept
+
+    def linear_a16(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        x_split: Tensor | None,
+        w_split: Tensor | None,
+        residual: Tensor | None,
+        layout: int,
+    ) -> None:
+        """See :class:`~mqc.backends.cuda.kernels.Kernels`; float32 rows become float16."""
+        rows, y = half_rows(x), as_rows(out)
+        split = None if x_split is None else as_rows(x_split)
+        added = None if residual is None else as_rows(residual)
+        arguments = LinearArgs(
+            layout=layout,
+            dtype=DTYPES[out.dtype],
+            x_dtype=DTYPES[rows.dtype],
+            split_columns=0 if split is None else split.shape[1],
+            rows=rows.shape[0],
+            n=w_scale.shape[0],
+            k=x.shape[-1],
+            x_stride=rows.stride(0),
+            y_stride=y.stride(0),
+            residual_stride=0 if added is None else added.stride(0),
+            x_split_stride=0 if split is None else split.stride(0),
+            x=rows.data_ptr(),
+            w=weight.data_ptr(),
+            w_scale=w_scale.data_ptr(),
+            bias=pointer(bias),
+            x_split=pointer(split),
+            w_split=pointer(w_split),
+            residual=pointer(added),
+            y=y.data_ptr(),
+        )
+        sizes = (layout, rows.dtype, rows.shape[0], w_scale.shape[0], x.shape[-1])
+        self.workspace("linear", sizes, arguments)
+        self.launch("linear", arguments)
 
     def rms_norm_quantize(
         self,

@@ -1,8 +1,8 @@
-"""mqc_cuda::linear: the integer linear on weights packed for the kernels, one operator for 4 and 8
-bits.
+"""Linears on weights packed for the kernels, of 4 and 8 bits: mqc_cuda::linear of int8 activations,
+mqc_cuda::linear_a16 of float ones.
 
-The operator's CPU implementation unpacks and calls the definition (`mqc.ops`); the one for CUDA
-devices is registered by :mod:`mqc.backends.cuda.native`.
+The operators' CPU implementations unpack and call the definitions (`mqc.ops`); those for CUDA
+devices are registered by :mod:`mqc.backends.cuda.register`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ LIBRARY = torch.library.Library("mqc_cuda", "DEF")
 SCHEMA = (
     "(Tensor xq, Tensor weight, Tensor w_scale, Tensor x_scale, Tensor? modality, Tensor? bias, "
     "Tensor? x_split, Tensor? w_split, Tensor? residual, int layout, ScalarType dtype) -> Tensor"
+)
+SCHEMA_A16 = (
+    "(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, Tensor? x_split, Tensor? w_split, "
+    "Tensor? residual, int layout, ScalarType dtype) -> Tensor"
 )
 
 
@@ -97,8 +101,65 @@ def fake(
     return xq.new_empty((*xq.shape[:-1], w_scale.shape[0]), dtype=dtype)
 
 
+def reference_a16(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    layout: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """round(x @ (w * w_scale)^T + bias + x_split @ w_split^T) [+ residual]; sums in float32.
+
+    Args:
+        x: float [..., K].
+        weight, w_scale, bias, x_split, w_split, residual, layout, dtype: as of :func:`reference`.
+    """
+    integers, scales = unpack(weight, w_scale, Layout(layout), x.shape[-1])
+    return apply_unpacked_a16(x, integers, scales, bias, x_split, w_split, residual, dtype)
+
+
+def apply_unpacked_a16(
+    x: Tensor,
+    integers: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`reference_a16` on what :func:`unpack` gives."""
+    wide = x.to(torch.float32)
+    y: Tensor = torch.ops.mqc.linear_w8a16(wide, integers, w_scale, bias, x_split, w_split)
+    y = y.to(dtype)
+    return y if residual is None else y + residual
+
+
+def fake_a16(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_split: Tensor | None,
+    w_split: Tensor | None,
+    residual: Tensor | None,
+    layout: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Shape function: x's rows times N."""
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=dtype)
+
+
 LIBRARY.define(f"linear{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("linear", reference, "CPU")
 torch.library.register_fake("mqc_cuda::linear", fake, lib=LIBRARY)
+LIBRARY.define(f"linear_a16{SCHEMA_A16}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("linear_a16", reference_a16, "CPU")
+torch.library.register_fake("mqc_cuda::linear_a16", fake_a16, lib=LIBRARY)
 
 LINEAR = torch.ops.mqc_cuda.linear.default
+LINEAR_A16 = torch.ops.mqc_cuda.linear_a16.default

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
 from mqc.ir import Component, TensorType
 from mqc.ir.dialect import VIEW_OPS
 from mqc.ir.edit import tensor_type
@@ -30,6 +30,7 @@ _mqc = torch.ops.mqc
 KERNELS = frozenset(
     {
         LINEAR,
+        LINEAR_A16,
         _mqc.quantize_static.default,
         _mqc.rms_norm_quantize.default,
         _mqc.activation_quantize.default,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mqc.backends.cuda.ops  # noqa: F401  (defines mqc_cuda::linear)
+import mqc.backends.cuda.ops  # noqa: F401  (defines mqc_cuda::linear and linear_a16)
 from mqc.backends.cuda.kernels import Kernels
 from mqc.backends.cuda.plan import row_stride
 from mqc.errors import TargetError
@@ -46,6 +46,21 @@ def implementations(kernels: Kernels) -> dict[str, Callable[..., Any]]:
         out = torch.empty(*xq.shape[:-1], w_scale.shape[0], dtype=dtype, device=xq.device)
         terms = (bias, x_split, w_split, residual)
         kernels.linear(out, xq, weight, w_scale, x_scale, modality, *terms, layout)
+        return out
+
+    def linear_a16(
+        x: Tensor,
+        weight: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        x_split: Tensor | None,
+        w_split: Tensor | None,
+        residual: Tensor | None,
+        layout: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = torch.empty(*x.shape[:-1], w_scale.shape[0], dtype=dtype, device=x.device)
+        kernels.linear_a16(out, x, weight, w_scale, bias, x_split, w_split, residual, layout)
         return out
 
     def columns(x: Tensor, split: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -102,6 +117,7 @@ def implementations(kernels: Kernels) -> dict[str, Callable[..., Any]]:
 
     return {
         "mqc_cuda::linear": linear,
+        "mqc_cuda::linear_a16": linear_a16,
         "mqc::rms_norm_quantize": rms_norm_quantize,
         "mqc::activation_quantize": activation_quantize,
         "mqc::quantize_static": quantize_static,

@@ -25,7 +25,7 @@ ELSEWHERE = "run it by definition on the CPU with device=reference, or compile f
 
 
 class CudaTarget:
-    """W4A8 and W8A8 by the kernels of ``libmqc_cuda.so``, decoding under CUDA graphs.
+    """W4A8, W8A8, W4A16 and W8A16 by the kernels of ``libmqc_cuda.so``, decoding under CUDA graphs.
 
     Args:
         dtype: of activations and caches: "bf16", "f16" or "f32". bf16 has the range of the models'
@@ -34,7 +34,7 @@ class CudaTarget:
 
     name = "cuda"
     dialect = "cuda"
-    description = "CUDA kernels for W4A8 and W8A8; compiles without a GPU, needs one to run"
+    description = "CUDA kernels for integer weights; compiles without a GPU, needs one to run"
 
     def __init__(self, dtype: str = "bf16") -> None:
         self.dtype = dtype

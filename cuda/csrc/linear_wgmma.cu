@@ -78,5 +78,7 @@ template int launch_linear_wgmma<W8>(const LinearParams&, const Device&, void*);
 template int launch_linear_wgmma<W4Grouped<32>>(const LinearParams&, const Device&, void*);
 template int launch_linear_wgmma<W4Grouped<64>>(const LinearParams&, const Device&, void*);
 template int launch_linear_wgmma<W4Grouped<128>>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W8Grouped<32>>(const LinearParams&, const Device&, void*);
+template int launch_linear_wgmma<W8Grouped<128>>(const LinearParams&, const Device&, void*);
 
 }  // namespace mqc

@@ -143,6 +143,7 @@ __attribute__((visibility("default"))) void mqc_emulator_configure(uint64_t seed
                                                                    int multiprocessors) {
   mqc::emulator::configure(seed, asynchrony);
   mqc::emulated.arch = arch;
+  mqc::emulated.shared_bytes = arch == 80 ? 166912 : arch == 90 ? 232448 : 101376;
   mqc::emulated.multiprocessors = multiprocessors;
 }
 #endif

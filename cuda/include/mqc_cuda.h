@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MQC_ABI_VERSION 2
+#define MQC_ABI_VERSION 3
 
 typedef enum mqc_status {
   MQC_OK = 0,
@@ -50,24 +50,26 @@ typedef enum mqc_modality {
 } mqc_modality;
 
 /* Weight layouts, made by mqc.cuda.pack. All hold tiles of 64 output channels by 128 inputs,
- * ordered [ceil(n / 64)][ceil(k / 128)], padded with zeros; see include/mqc/layout.cuh. The last three
- * have a scale of each channel for every 32, 64 or 128 inputs: float32, in the tiles. */
+ * ordered [ceil(n / 64)][ceil(k / 128)], padded with zeros; see include/mqc/layout.cuh. Those of
+ * a G have a scale of each channel for every 32, 64 or 128 inputs: float32, in the tiles. */
 typedef enum mqc_layout {
   MQC_LAYOUT_W4_64X128 = 1,      /* 4096 bytes a tile */
   MQC_LAYOUT_W8_64X128 = 2,      /* 8192 bytes a tile */
   MQC_LAYOUT_W4_64X128_G32 = 3,  /* 4096 + 1024 */
   MQC_LAYOUT_W4_64X128_G64 = 4,  /* 4096 + 512 */
-  MQC_LAYOUT_W4_64X128_G128 = 5  /* 4096 + 256 */
+  MQC_LAYOUT_W4_64X128_G128 = 5, /* 4096 + 256 */
+  MQC_LAYOUT_W8_64X128_G32 = 6,  /* 8192 + 1024 */
+  MQC_LAYOUT_W8_64X128_G128 = 7  /* 8192 + 256 */
 } mqc_layout;
 
 typedef enum mqc_linear_kernel {
   MQC_LINEAR_AUTO = 0,
   MQC_LINEAR_MMA_8 = 1,    /* mma.sync, 64 channels x 8 tokens a block, split K */
   MQC_LINEAR_MMA_16 = 2,   /* ... x 16 tokens */
-  MQC_LINEAR_MMA_32 = 3,   /* ... x 32 tokens */
-  MQC_LINEAR_MMA_64 = 4,   /* ... x 64 tokens */
+  MQC_LINEAR_MMA_32 = 3,   /* ... x 32 tokens; int8 rows */
+  MQC_LINEAR_MMA_64 = 4,   /* ... x 64 tokens; 128 channels where rows are floats */
   MQC_LINEAR_MMA_128 = 5,  /* mma.sync, 128 channels x 128 tokens a block */
-  MQC_LINEAR_WGMMA = 6     /* sm_90a: 256 channels x 128 tokens, persistent; needs no workspace */
+  MQC_LINEAR_WGMMA = 6     /* sm_90a, int8 rows: 256 channels x 128 tokens, persistent; no workspace */
 } mqc_linear_kernel;
 
 MQC_API int mqc_abi_version(void);
@@ -106,7 +108,11 @@ MQC_API int mqc_rows_to_f32(float* to, int64_t to_stride, const void* from, int6
  * y[r, c] = round(y[r, c] + residual[r, c])
  * The product is exact in int32 for k <= 131072; the rest is float32 in the order written. With
  * scales of groups x . w is the sum over groups of scale * (product of the group, exact): float32,
- * one rounding a group, in an order that depends on the kernel and split_k alone. */
+ * one rounding a group, in an order that depends on the kernel and split_k alone.
+ *
+ * Rows may also be floats (x_dtype MQC_BF16 or MQC_F16; weights alone are quantized): there is no
+ * x_scale, products of values and integers are exact and summed in float32 by the tensor cores, by
+ * groups or 128 inputs at a time; scales multiply these sums. y is of x's type or float32. */
 typedef struct mqc_linear_args {
   uint32_t size;
   int32_t kernel;        /* mqc_linear_kernel */
@@ -115,15 +121,15 @@ typedef struct mqc_linear_args {
   int32_t modality_kind; /* mqc_modality */
   int32_t split_columns; /* columns of x_split and w_split, 0..64 */
   int32_t split_k;       /* blocks along k, 0 = choose; ignored by MQC_LINEAR_WGMMA */
-  int32_t reserved;
+  int32_t x_dtype;       /* MQC_I8 or 0: int8; MQC_BF16 or MQC_F16, and dtype the same or MQC_F32 */
   int64_t rows, n, k;    /* rows of x, output channels, inputs */
   int64_t rows_per_sequence; /* for MQC_MODALITY_COUNT */
-  int64_t x_stride;      /* bytes; multiple of 16, >= k. Bytes from k to the stride are not used */
+  int64_t x_stride;      /* >= k, its bytes a multiple of 16. Values from k to the stride are not used */
   int64_t y_stride, residual_stride, x_split_stride;
-  const void* x;         /* int8 [rows, x_stride], 16-byte aligned */
+  const void* x;         /* x_dtype [rows, x_stride], 16-byte aligned */
   const void* w;         /* packed, 16-byte aligned */
   const float* w_scale;  /* [n] */
-  const float* x_scale;  /* [1] or [2] */
+  const float* x_scale;  /* [1] or [2]; NULL for rows of floats */
   const void* modality;  /* by modality_kind */
   const float* bias;     /* [n] or NULL */
   const void* x_split;   /* dtype [rows, split_columns] or NULL */
@@ -135,7 +141,7 @@ typedef struct mqc_linear_args {
 } mqc_linear_args;
 
 /* Bytes of workspace for these sizes on the current device (kernel, layout, rows, n, k, split_k are
- * read), the largest over rows' = 1..rows when kernel is MQC_LINEAR_AUTO. Zero the workspace once
+ * read, and x_dtype), the largest over rows' = 1..rows when kernel is MQC_LINEAR_AUTO. Zero the workspace once
  * after allocation; every kernel leaves its counters zero. Calls that may run at the same time (two
  * streams) need a workspace each. */
 MQC_API int mqc_linear_workspace(const mqc_linear_args* args, int64_t* bytes);

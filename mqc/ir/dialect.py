@@ -128,6 +128,11 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("captured"),
         Dialect("canonical", banned=UNCANONICAL_OPS),
         Dialect("quantized", legal=_SHARED | MQC_QUANTIZED_OPS, open=True),
-        Dialect("cuda", legal=_SHARED | MQC_QUANTIZED_OPS | {"mqc_cuda.linear.default"}),
+        Dialect(
+            "cuda",
+            legal=_SHARED
+            | MQC_QUANTIZED_OPS
+            | {"mqc_cuda.linear.default", "mqc_cuda.linear_a16.default"},
+        ),
     )
 }

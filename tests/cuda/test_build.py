@@ -87,8 +87,8 @@ def test_the_library_loads_without_a_gpu(library: Path) -> None:
     loaded = Library(library)
     assert loaded.native.mqc_abi_version() == ABI_VERSION and STRUCTS
     # Checks come before the device is looked at.
-    with pytest.raises(KernelError, match="layout 7 is unknown"):
-        loaded.launch("linear", LinearArgs(layout=7))
+    with pytest.raises(KernelError, match="layout 8 is unknown"):
+        loaded.launch("linear", LinearArgs(layout=8))
 
 
 def cuda_tools() -> Path | None:
@@ -132,13 +132,17 @@ def machine_code(library: Path) -> dict[tuple[str, str], str]:
 def test_instructions(machine_code: dict[tuple[str, str], str]) -> None:
     wanted = {
         "linear_mma_kernel": ["IMMA.16832.S8.S8", "LDGSTS", "LDSM.16.M88.4"],
+        "HalfFormat": ["HMMA.16816.F32", "LDGSTS", "LDS.64", "LOP3", "PRMT", "HFMA2"],
         "attention_kernel": ["HMMA.16816.F32", "LDGSTS", "LDSM.16.M88.4", "LDSM.16.MT88.4"],
     }
     for (architecture, function), text in machine_code.items():
+        kind = "HalfFormat" if "HalfFormat" in function else function
         for part, instructions in wanted.items():
-            if part in function:
+            if part in kind:
                 for instruction in instructions:
                     assert instruction in text, f"{instruction} in {function} for sm_{architecture}"
+        if "HalfFormat" in function:
+            assert "IMMA" not in text, function
         if "linear_wgmma_kernel" in function and architecture == "90a":
             for instruction in ("UTMALDG.2D", "UBLKCP", "USETMAXREG"):
                 assert instruction in text, f"{instruction} in {function}"

@@ -61,6 +61,22 @@ def test_kernels_read_what_was_packed(emulated: Any, layout: Layout, n: int, k: 
         assert not read[n:].any() and not read[:, k:].any()
 
 
+@pytest.mark.parametrize("half", ["bf16", "f16"])
+@pytest.mark.parametrize("layout", [Layout.W4_64X128, Layout.W4_64X128_G32, Layout.W8_64X128])
+def test_half_values_are_the_integers(emulated: Any, layout: Layout, half: str) -> None:
+    """Every value in every place of a tile, as the product of 16 inputs gets it."""
+    n, k, (low, high) = 130, 320, (-8, 7) if layout.bits == 4 else (-127, 127)
+    out = np.full((192, 384), np.nan, dtype=np.float32)
+    for shift in range(0, high - low + 1, 1 if layout.bits == 4 else 37):
+        q = torch.arange(n * k).add(shift).remainder(high - low + 1).add(low).reshape(n, k)
+        packed = pack_weight(q.to(torch.int8), layout, random_scales(n, n, k, layout))
+        source = pointer(packed.numpy())
+        emulated.native.test_unpack_pairs(int(layout), half == "bf16", source, n, k, pointer(out))
+        want = np.zeros_like(out)
+        want[:n, :k] = q.numpy()
+        assert np.array_equal(out.view(np.int32), want.view(np.int32))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -80,7 +96,10 @@ def test_round_trip(seed: int, n: int, k: int, layout: Layout) -> None:
 def test_groups_are_stored_in_parts_that_a_layout_has() -> None:
     wanted = {32: 32, 64: 64, 128: 128, 256: 128, 192: 64, 96: 32}
     assert {group: layout_for(4, group).group for group in wanted} == wanted
-    assert layout_for(4, 16) is layout_for(4, 48) is layout_for(8, 64) is None
+    assert {group: layout_for(8, group).group for group in wanted} == {
+        group: 128 if part == 128 else 32 for group, part in wanted.items()
+    }
+    assert layout_for(4, 16) is layout_for(4, 48) is layout_for(8, 16) is None
     q, scales = random_weight(1, 70, 384, 4), torch.rand(70, 2)
     packed, layout = pack_linear(pack_int4(q), 384, scales)
     assert layout is Layout.W4_64X128_G64 and torch.equal(unpack_weight(packed, layout, 70, 384), q)
@@ -146,6 +165,17 @@ def test_swizzle_is_tma_s_and_free_of_bank_conflicts(emulated: Any) -> None:
     for chunk in range(8):
         banks = {emulated.native.test_swizzled_chunk(row, chunk) // 16 % 8 for row in range(8)}
         assert len(banks) == 8
+
+
+def test_swizzle_of_half_rows_is_free_of_bank_conflicts(emulated: Any) -> None:
+    """Half a warp reads 8 bytes a lane at once: of four rows, 32 bytes each."""
+    place = emulated.native.test_swizzled_half_chunk
+    assert len({place(row, chunk) for row in range(8) for chunk in range(16)}) == 128
+    for step in range(8):
+        for rows in (range(4), range(4, 8)):
+            lanes = [(row, lane) for row in rows for lane in range(4)]
+            words = [place(row, 2 * step + lane // 2) // 8 + lane % 2 for row, lane in lanes]
+            assert len({word % 16 for word in words}) == 16
 
 
 def test_quantization_is_the_reference_s(emulated: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from mqc.backends.cuda.engine import CudaEngine
 from mqc.backends.cuda.kernels import Attention, CacheTensor, FullAttention, ReferenceKernels
 from mqc.backends.cuda.native import NativeKernels, aligned_rows, hadamard_form
-from mqc.backends.cuda.ops import LINEAR
+from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
 from mqc.backends.cuda.register import implementations
 from mqc.cuda.library import UnsupportedError
 from mqc.cuda.pack import pack_linear
@@ -44,6 +44,41 @@ def test_decoder_of_a_tiny_model(kernels: NativeKernels, dtype: str) -> None:
     limit = 0.05 if dtype == "f32" else 0.15  # sums in another order tip some int8 steps
     assert (found - expected).abs().max() < limit * expected.abs().max()
     assert found.argmax(-1).equal(expected.argmax(-1))
+
+
+def test_weight_only_model(kernels: NativeKernels) -> None:
+    """Decoder and head with float activations: prefill and decoding."""
+    name = "tiny-llava"
+    program = cuda_cases.lowered(name, "bf16", cuda_cases.WEIGHT_ONLY)
+    for component in ("vision", "decoder"):
+        targets = [node.target for node in program.components[component].graph.nodes]
+        assert LINEAR_A16 in targets and LINEAR not in targets
+    expected, found = (
+        cuda_cases.logits(CudaEngine(program.copy(), k), name, kinds=("text",), steps=(11,))
+        for k in (ReferenceKernels(), kernels)
+    )
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    assert found.argmax(-1).equal(expected.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float_linear(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    """Rows that the kernel cannot read as they lie are copied; float32 ones become float16."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(-8, 8, (70, 150), generator=generator, dtype=torch.int8)
+    packed, layout = pack_linear(pack_int4(q), 150)
+    x = torch.randn(2, 3, 151, generator=generator)[..., 1:].to(dtype)
+    x[0, 0, 0] = 7e4 if dtype == torch.float32 else 3.0
+    terms = (torch.rand(70), torch.rand(70), torch.rand(2, 3, 2).to(dtype), torch.rand(70, 2))
+    residual = torch.rand(2, 3, 70).to(dtype)
+    made = implementations(kernels)["mqc_cuda::linear_a16"]
+    found = made(x, packed, *terms, residual, int(layout), dtype)
+    wide = x.clamp(-65504, 65504)
+    expected = LINEAR_A16(wide, packed, *terms, residual, int(layout), dtype)
+    assert found.dtype == dtype and found.shape == (2, 3, 70)
+    limit = 2e-3 if dtype != torch.bfloat16 else 2**-6
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit * 20)
 
 
 def test_greedy_decoding(kernels: NativeKernels) -> None:

@@ -37,7 +37,7 @@ Values = cases.Values
 
 
 def has_kernel(op_type: str) -> bool:
-    """Signed activations; float linears and towers by their bodies. Groups have their own test."""
+    """Signed activations; towers by their bodies. Groups and float linears have their own tests."""
     op, *flags = op_type.split("_")
     if op in ("LinearW4A8", "LinearW8A8"):
         return "s8" in flags and "group" not in flags
@@ -205,21 +205,48 @@ def test_weights_of_several_tiles(op: str, layout: str, rng: np.random.Generator
         assert np.array_equal(got, x.astype(np.int64) @ q.T)
 
 
+FLOAT_LINEARS = [
+    op_type
+    for op in ("LinearW4A16", "LinearW8A16")
+    for op_type in cases.VARIANTS[op]
+    if "group" not in op_type
+]
+
+
+def test_float_rows_in_half_precision(rng: np.random.Generator) -> None:
+    """Weights alone are quantized: rows become float16, sums and all else are float32."""
+    calls = {op_type: arguments(op_type, rng) for op_type in FLOAT_LINEARS}
+    calls["LinearW8A16_bias"]["x"][0, 0, 0] = 1e6  # a value beyond float16: its largest
+    got, wanted = run(calls), bodies(calls)
+    for op_type, left, right in zip(calls, got, wanted, strict=True):
+        if op_type == "LinearW8A16_bias":
+            assert np.isfinite(left).all()
+            left, right = left[1:], right[1:]
+        assert left.dtype == np.float32 and native_library.relative(left, right) <= 1e-3
+
+
 @pytest.mark.parametrize("layout", ["", "_c16k4"])
-def test_scales_of_groups(layout: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("op", ["W4A8_mask", "W8A8_mask", "W4A16", "W8A16"])
+def test_scales_of_groups(op: str, layout: str, rng: np.random.Generator) -> None:
     """Groups of 32, 64, 128 and others in equal parts of these."""
-    k, op_type = 384, f"LinearW4A8_mask_bias_group_s8{layout}"
-    q = torch.from_numpy(rng.integers(-8, 8, (70, k)).astype(np.int8))
+    k, signed, bits = 384, "_s8" if op.endswith("mask") else "", int(op[1])
+    op_type = f"Linear{op}_bias_group{signed}{layout}"
+    top = 8 if bits == 4 else 127
+    q = torch.from_numpy(rng.integers(-top, top, (70, k)).astype(np.int8))
     for groups in (12, 6, 4, 3, 2, 1):
+        stored = pack_int4(q) if bits == 4 else q
+        x = rng.integers(-127, 128, (2, 3, k)).astype(np.int8)
         values = {
-            "xq": rng.integers(-127, 128, (2, 3, k)).astype(np.int8),
-            "qweight": (pack_c16k4(q, groups, 4) if layout else pack_int4(q)).numpy(),
+            "xq": x,
+            "x": x.astype(np.float32),
+            "qweight": (pack_c16k4(q, groups, bits) if layout else stored).numpy(),
             "w_scale": rng.uniform(0.1, 1, (70, groups)).astype(np.float32),
             "x_scale": np.array([0.05, 0.02], np.float32),
             "modality": rng.integers(0, 2, (2, 3)).astype(bool),
             "bias": cases.floats(rng, 70),
         }
-        compare(run({op_type: values}), bodies({op_type: values}))
+        calls = {op_type: {name: values[name] for name in variant_inputs(op_type)}}
+        compare(run(calls), bodies(calls))
 
 
 @pytest.mark.parametrize("op_type", ["LinearW4A8_mask_bias", "QuantizeStatic_u8", "RankUpdate"])
@@ -327,6 +354,7 @@ FUZZED = [
     "LinearW4A8_mask_bias_split_residual_s8",
     "LinearW8A8_count_bias_s8_c16k4",
     "LinearW4A8_odd_s8",
+    "LinearW4A16_bias_split_residual",
     "QuantizeStatic_mask",
     "RmsNormQuantize_count_split",
     "ActivationQuantize_silu_gated_f2_mask_split",

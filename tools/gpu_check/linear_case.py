@@ -26,11 +26,21 @@ class Options:
     split: bool = False
     residual: bool = False
     extreme: bool = False
+    floats: bool = False
+    """Rows of floats in ``dtype`` (float16 where that is float32): weight-only quantization."""
 
     @property
     def weights(self) -> str:
-        """Short name of the weights, e.g. w4g128."""
-        return f"w{self.bits}" + (f"g{self.group}" if self.group else "")
+        """Short name of the weights, e.g. w4g128, or w4g128a16 where rows are floats."""
+        group = f"g{self.group}" if self.group else ""
+        return f"w{self.bits}{group}" + ("a16" if self.floats else "")
+
+    @property
+    def rows(self) -> torch.dtype:
+        """Type of the rows that are multiplied."""
+        if not self.floats:
+            return torch.int8
+        return torch.float16 if self.dtype == torch.float32 else self.dtype
 
 
 class LinearCase:
@@ -58,7 +68,9 @@ class LinearCase:
             return torch.randn(size, device=device, generator=generator)
 
         self.q = integers(low, high, n, k)
-        self.x = integers(-127, 128, rows, -(-k // 16) * 16)
+        self.x = integers(-127, 128, rows, -(-k // 16) * 16).to(options.rows)
+        if options.floats:
+            self.x = real(rows, self.x.shape[1]).to(options.rows)
         if options.extreme:
             self.q.fill_(low)
             self.x.fill_(-127)
@@ -67,16 +79,22 @@ class LinearCase:
         self.layout = layout
         groups = k // options.group if options.group else 0
         self.factors = real(n, groups).abs() + 0.5 if groups else None
-        self.w = pack_weight(self.q, self.layout, self.factors)
+        parts = self.factors
+        if parts is not None:
+            parts = parts.repeat_interleave(options.group // layout.group, dim=1)
+        self.w = pack_weight(self.q, self.layout, parts)
         self.w_scale = real(n).abs() * 1e-3 + 1e-4
         self.x_scale = real(2).abs() * 1e-2 + 1e-3
+        if options.floats:
+            self.x_scale = torch.ones(2, device=device)
         visual = torch.zeros(rows, dtype=torch.long, device=device)
         self.modality: Tensor | None = None
         self.per_sequence = rows
-        if options.modality == Modality.MASK:
+        self.kind = Modality.NONE if options.floats else options.modality
+        if self.kind == Modality.MASK:
             visual = torch.randint(0, 2, (rows,), device=device, generator=generator)
             self.modality = visual.to(torch.uint8)
-        elif options.modality == Modality.COUNT:
+        elif self.kind == Modality.COUNT:
             self.modality = torch.tensor([rows * 2 // 3], device=device)
             visual = (torch.arange(rows, device=device) < self.modality).long()
         self.visual = visual
@@ -92,9 +110,14 @@ class LinearCase:
         wide = self.q.double().T
         if self.factors is not None:
             wide *= self.factors.double().repeat_interleave(self.options.group, dim=1).T
+        if self.options.floats:
+            self.magnitude = torch.empty_like(y)
         for start in range(0, rows, 1024):
             part = slice(start, start + 1024)
-            y[part] = (self.x[part, :k].double() @ wide).float()
+            x = self.x[part, :k].double()
+            y[part] = (x @ wide).float()
+            if self.options.floats:
+                self.magnitude[part] = (x.abs() @ wide.abs()).float() * self.w_scale
         y = y * self.w_scale
         y = y * self.x_scale[self.visual][:, None]
         if self.bias is not None:
@@ -106,7 +129,12 @@ class LinearCase:
 
     def differing(self, got: Tensor, want: Tensor) -> Tensor:
         """Where `got` is not `want`, bool [rows, n]. Sums over groups are rounded once a group,
-        in an order of the kernel's: they may differ by what that can make."""
+        in an order of the kernel's, and those of floats at every step: they may differ by what that
+        can make. `want` is of the last call of :meth:`expected`."""
+        if self.options.floats:
+            slack = 2.0**-18 * self.magnitude
+            slack = slack + 2 * torch.finfo(want.dtype).eps * want.float().abs()
+            return ~((got.float() - want.float()).abs() <= slack)
         if self.factors is None:
             return got != want
         largest = self.factors.sum(dim=1) * self.options.group * 127 * 8
@@ -124,7 +152,8 @@ class LinearCase:
         return LinearArgs(
             layout=self.layout,
             dtype=DTYPES[self.options.dtype],
-            modality_kind=self.options.modality,
+            x_dtype=DTYPES[self.options.rows],
+            modality_kind=self.kind,
             split_columns=0 if self.x_split is None else 1,
             rows=rows,
             n=n,
@@ -137,7 +166,7 @@ class LinearCase:
             x=address(self.x),
             w=address(self.w if w is None else w),
             w_scale=address(self.w_scale),
-            x_scale=address(self.x_scale),
+            x_scale=None if self.options.floats else address(self.x_scale),
             modality=address(self.modality),
             bias=address(self.bias),
             x_split=address(self.x_split),

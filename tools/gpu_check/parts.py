@@ -42,23 +42,27 @@ class Part:
     stall: int = STALL
 
 
-def _sweep(context: Context, wgmma: bool) -> None:
+def _sweep(context: Context, wgmma: bool, floats: bool = False) -> None:
     c = context
-    sweep.run(c.library, c.recorder, c.generator, architecture=c.architecture, wgmma=wgmma)
+    weights = sweep.FLOATS if floats else sweep.INTEGERS
+    how = {"architecture": c.architecture, "wgmma": wgmma, "weights": weights}
+    sweep.run(c.library, c.recorder, c.generator, **how)
 
 
 def _small(context: Context) -> None:
     """One small case of every kernel: what runs under the memory checker."""
     c = context
-    for wgmma in (False, True):
+    integers, floats = sweep.INTEGERS, sweep.FLOATS
+    for wgmma, weights in ((False, integers), (False, floats), (True, integers)):
         sweep.run(
             c.library,
             c.recorder,
             c.generator,
             architecture=c.architecture,
             wgmma=wgmma,
-            shapes=((200, 520),),
+            shapes=((200, 640),),
             rows=(3, 140),
+            weights=weights,
         )
     rows.run(c.library, c.recorder, c.generator, small=True)
 
@@ -80,6 +84,7 @@ PARTS = {
     "rows": Part(60, lambda c: rows.run(c.library, c.recorder, c.generator)),
     "sweep": Part(120, lambda c: _sweep(c, wgmma=False)),
     "sweep-wgmma": Part(60, lambda c: _sweep(c, wgmma=True)),
+    "sweep-floats": Part(60, lambda c: _sweep(c, wgmma=False, floats=True)),
     "linear-timings": Part(
         150, lambda c: timings.linears(c.library, c.recorder, c.generator, c.architecture)
     ),
@@ -99,7 +104,7 @@ PARTS = {
 ORDER = (
     *("small", "ceilings", "sweep-wgmma", "model-decode", "model-prefill", "model-accuracy"),
     *("sweep", "rows", "linear-timings", "model-vision", "model-order"),
-    *("attention-timings", "row-timings", "sanitizer", "onnx-cuda"),
+    *("attention-timings", "row-timings", "sweep-floats", "sanitizer", "onnx-cuda"),
 )
 MODEL_PARTS = tuple(name for name in PARTS if name.startswith("model-"))
 

@@ -1,4 +1,4 @@
-"""Bit-exact sweep of the linears over shapes, rows, kernels and optional operands."""
+"""Sweep of the linears over shapes, rows, kernels and optional operands: bit-exact on int8 rows."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ VARIANTS = (
 )
 GROUPS = (32, 64, 128)
 """Inputs that share a scale; they take turns, and a width that they do not divide goes without."""
+INTEGERS = ((4, False, False), (8, False, False), (4, True, False), (8, True, False))
+FLOATS = ((4, False, True), (8, False, True), (4, True, True), (8, True, True))
+"""Weights: bits, whether in groups, and whether their rows are floats."""
 TOKENS = {
     LinearKernel.MMA_8: 8,
     LinearKernel.MMA_16: 16,
@@ -40,12 +43,20 @@ TOKENS = {
     LinearKernel.MMA_128: 128,
 }
 
+OF_FLOATS = frozenset(TOKENS) - {LinearKernel.MMA_32}
+"""Kernels for rows of floats."""
 
-def kernels_for(rows: int, architecture: int, wgmma: bool) -> list[LinearKernel]:
+
+def kernels_for(
+    rows: int, architecture: int, wgmma: bool, floats: bool = False
+) -> list[LinearKernel]:
     """Kernels worth checking at a number of rows: AUTO, and those whose tiles fit it."""
     if wgmma:
         return [LinearKernel.WGMMA] if architecture == 90 else []
-    return [LinearKernel.AUTO] + [k for k, t in TOKENS.items() if t >= rows / 4 and t <= 16 * rows]
+    found = [k for k, t in TOKENS.items() if t >= rows / 4 and t <= 16 * rows]
+    if floats:
+        found = [k for k in found if k in OF_FLOATS]
+    return [LinearKernel.AUTO, *found]
 
 
 def run(
@@ -57,19 +68,19 @@ def run(
     wgmma: bool,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = ROWS,
+    weights: Sequence[tuple[int, bool, bool]] = INTEGERS,
 ) -> None:
     """Check every shape, number of rows and kernel; the variants take turns."""
     turn: Iterator[Options] = itertools.cycle(VARIANTS)
     sizes: Iterator[int] = itertools.cycle(GROUPS)
-    weights = ((4, False), (8, False), (4, True))
-    for (n, k), m, (bits, grouped) in itertools.product(shapes, rows, weights):
+    for (n, k), m, (bits, grouped, floats) in itertools.product(shapes, rows, weights):
         group = next(sizes) if grouped else 0
         if group and k % group:
             continue
-        kernels = kernels_for(m, architecture, wgmma)
+        kernels = kernels_for(m, architecture, wgmma, floats)
         options = next(turn)
         for extreme in (False, True) if m <= 16 or wgmma else (False,):
-            weight = {"bits": bits, "group": group, "extreme": extreme}
+            weight = {"bits": bits, "group": group, "extreme": extreme, "floats": floats}
             chosen = Options(**(vars(options) | weight))
             kind = "extreme" if extreme else "random"
             name = f"{m} x {n} x {k} {chosen.weights} {chosen.dtype} {kind}"

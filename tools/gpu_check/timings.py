@@ -28,10 +28,13 @@ from tools.gpu_check.common import (
     workspace,
 )
 from tools.gpu_check.linear_case import LinearCase, Options
+from tools.gpu_check.sweep import OF_FLOATS
 
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 HEAD = (152064, 3584)
 ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOAT_ROWS = (1, 16, 64, 1024)
+"""Of linears whose weights alone are quantized."""
 DTYPE = torch.bfloat16
 
 
@@ -56,6 +59,8 @@ def linears(
         *itertools.product(SHAPES, ROWS, plain),
         *itertools.product((HEAD,), (1, 16), plain),
         *itertools.product(SHAPES[:1], ROWS, grouped),
+        *itertools.product(SHAPES[2:], FLOAT_ROWS, (Options(floats=True),)),
+        *itertools.product(SHAPES[2:3], FLOAT_ROWS, (Options(floats=True, group=128),)),
     ]
     for (n, k), rows, options in cases:
         name = f"linear {rows} x {n} x {k} {options.weights}"
@@ -65,7 +70,10 @@ def linears(
         copies = [case.w.clone() for _ in range(copies_for(case.w.numel()))]
         y = torch.empty(rows, n, dtype=DTYPE, device=device)
         area = workspace(library.workspace("linear", case.arguments(y)) * 8, device)
-        for kernel in _kernels(rows, architecture):
+        kernels = _kernels(rows, architecture)
+        if options.floats:
+            kernels = [k for k in kernels if k in (LinearKernel.AUTO, *OF_FLOATS)]
+        for kernel in kernels:
             launches = []
             for w in copies:
                 arguments = case.arguments(y, w)
@@ -87,7 +95,7 @@ def linears(
                 weight_tb_s=case.w.numel() / seconds / 1e12,
                 tops=2 * rows * n * k / seconds / 1e12,
             )
-        if options == Options():
+        if options in (Options(), Options(floats=True)):
             _bf16(recorder, name, rows, n, k)
         del case, copies
 

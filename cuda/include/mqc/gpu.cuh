@@ -82,6 +82,10 @@ MQC_D Vector16 load_shared16(uint32_t address) {
   return v;
 }
 
+MQC_D void load_shared8(uint32_t (&r)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
+
 MQC_D float load_shared_float(uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -92,6 +96,12 @@ MQC_D float load_shared_float(uint32_t address) {
 MQC_D void copy_async16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// The first `bytes` of 16, and zeros behind them (0: the source is not read). Both ends are 16-byte aligned.
+MQC_D void copy_async_part(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
                : "memory");
 }
 MQC_D void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

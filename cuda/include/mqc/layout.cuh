@@ -9,6 +9,10 @@
 //       each. Word h of step j: byte b holds input 32 j + 16 h + 4 (lane % 4) + b of row
 //       lane / 4 (low nibble) and of row lane / 4 + 8 (high nibble).
 //   W8: 16 bytes at (step, thread), step 0..3: the four registers of the fragment.
+//
+// Rows of half types multiply the same tiles by mma.m16n8k16. A lane holds four consecutive inputs of
+// each half of a step, and the instruction wants two pairs eight apart: so index k of a product of 16
+// inputs stands for input half_input(k) of them, in weights and rows alike.
 #pragma once
 
 #include "mqc/base.cuh"
@@ -25,6 +29,10 @@ constexpr int kStepsPerTile = kTileInputs / kStepInputs;
 template <int kBits_, int kGroup_ = 0> struct WeightFormat {
   static constexpr int kBits = kBits_, kGroup = kGroup_;
   static constexpr bool kGrouped = kGroup > 0;
+  static constexpr bool kFloatRows = false;       // rows of int8
+  static constexpr bool kFloatSums = kGrouped;    // of groups times their scales; else of integers
+  static constexpr int kInputBytes = 1;           // of a value of a row
+  using Row = void;                               // the type of its values, where they are floats
   static constexpr int kStepsPerGroup = kGrouped ? kGroup / kStepInputs : kStepsPerTile;
   static constexpr int kValueBytes = kTileChannels * kTileInputs * kBits / 8;
   static constexpr int kScaleBytes = kGrouped ? kTileInputs / kGroup * kTileChannels * 4 : 0;
@@ -35,6 +43,18 @@ template <int kBits_, int kGroup_ = 0> struct WeightFormat {
 using W4 = WeightFormat<4>;
 using W8 = WeightFormat<8>;
 template <int kGroup> using W4Grouped = WeightFormat<4, kGroup>;
+template <int kGroup> using W8Grouped = WeightFormat<8, kGroup>;
+
+// Rows of T (bf16 or f16) and weights of kBits. Groups are known when a kernel runs: their scales lie
+// behind a tile's values in memory, and apart from the tiles in shared memory.
+template <class T, int kBits_> struct HalfFormat {
+  using Row = T;
+  static constexpr int kBits = kBits_;
+  static constexpr bool kGrouped = false, kFloatRows = true, kFloatSums = true;
+  static constexpr int kInputBytes = 2;
+  static constexpr int kTileBytes = kTileChannels * kTileInputs * kBits / 8;  // values alone
+  static constexpr float kUnit = 1.0f;
+};
 
 // A fragment, register 0..3, byte 0..3 -> row (0..63) and input (0..31) of a 64 x 32 step.
 MQC_HD constexpr int fragment_row(int thread, int reg) {
@@ -43,6 +63,9 @@ MQC_HD constexpr int fragment_row(int thread, int reg) {
 MQC_HD constexpr int fragment_input(int thread, int reg, int byte) {
   return (thread % 4) * 4 + byte + (reg >> 1) * 16;
 }
+
+// Index k of a product of 16 inputs (mma.m16n8k16) -> the input it stands for.
+MQC_HD constexpr int half_input(int k) { return k % 8 / 2 * 4 + k / 8 * 2 + k % 2; }
 
 // Accumulator registers of a 16 x 8 product -> row (0..15) and column (0..7).
 MQC_HD constexpr int accumulator_row(int lane, int reg) { return lane / 4 + (reg >> 1) * 8; }
@@ -73,6 +96,12 @@ MQC_HD void unpack_int4(uint32_t word, uint32_t& low, uint32_t& high) {
 // rows of one chunk lie in different banks. The same map as TMA's 128-byte swizzle at addresses
 // that are a multiple of 1024.
 MQC_HD constexpr int swizzled_chunk(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// The same for rows of 256 bytes, of which a lane reads 8 bytes: four rows of 32 bytes (two chunks)
+// lie in different banks.
+MQC_HD constexpr int swizzled_half_chunk(int row, int chunk) {
+  return row * 256 + ((chunk ^ ((row & 3) << 1)) << 4);
+}
 
 // wgmma descriptor of a K-major operand with 128-byte swizzle: rows of 128 bytes, groups of eight
 // rows 1024 bytes apart. Address and offsets are stored divided by 16. Steps along k add 32 bytes

@@ -11,7 +11,7 @@
 namespace mqc {
 
 struct LinearParams {
-  const int8_t* x;
+  const int8_t* x;       // or rows of a half type
   const uint8_t* w;
   const float* w_scale;
   const float* bias;     // or null
@@ -22,7 +22,7 @@ struct LinearParams {
   void* partial;         // [tile][split][register][thread] sums of blocks that share a tile
   uint32_t* counters;    // [tile], zero between launches
   RowScale rows_scale;
-  int64_t x_stride, y_stride, residual_stride, x_split_stride;
+  int64_t x_stride, y_stride, residual_stride, x_split_stride;  // x_stride in bytes
   int32_t rows, n, k;
   int32_t dtype;          // mqc_dtype of y, residual and x_split
   int32_t channel_tiles;  // ceil(n / 64)
@@ -31,10 +31,18 @@ struct LinearParams {
   int32_t split_columns;
   int32_t vector_io;      // rows of y and residual can be accessed 16 bytes at a time
   int32_t band;           // of tile_order, persistent kernel
+  int32_t scale_bytes;    // of a tile's group scales; rows of half types
+  int32_t group_log2;     // of the steps of 32 inputs that share a scale; rows of half types
 };
 
-// The sums of a thread: of the integers themselves, or of groups times their scales.
-template <class Format> using SumOf = std::conditional_t<Format::kGrouped, float, int32_t>;
+// The sums of a thread: of the integers themselves, of groups times their scales, or of floats.
+template <class Format> using SumOf = std::conditional_t<Format::kFloatSums, float, int32_t>;
+
+// The packed weights of a tile.
+template <class Format> MQC_D const uint8_t* weight_tile(const LinearParams& p, int64_t channel_tile, int64_t input_tile) {
+  if constexpr (!Format::kFloatRows) return p.w + packed_tile<Format>(channel_tile, input_tile, p.input_tiles);
+  return p.w + (channel_tile * p.input_tiles + input_tile) * (Format::kTileBytes + p.scale_bytes);
+}
 
 // Group sums join the float sums with one rounding each.
 MQC_HD float add_group(float sum, int32_t group, float scale) { return fma_rn(static_cast<float>(group), scale, sum); }
@@ -154,10 +162,17 @@ MQC_D void write_rows_as(const LinearParams& p, const Sum* stage, const float* s
 // kThreads - 1) after a barrier.
 //   scales: activation scales by token of the buffer, in shared memory
 //   unit: what undoes the factor of unpacking; channel, token: first of the buffer in the product
-template <int kPitch, int kChannels, int kTokens, int kThreads, class Sum>
+//   Row: the type of x, where y has it too or is float32; void where y may have any
+template <int kPitch, int kChannels, int kTokens, int kThreads, class Row = void, class Sum>
 MQC_D void write_rows(const LinearParams& p, const Sum* stage, const float* scales, float unit, int channel,
                       int token, int thread) {
-  if (p.dtype == 1) {
+  if constexpr (!std::is_void_v<Row>) {
+    if (p.dtype == 3) {
+      write_rows_as<float, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
+    } else {
+      write_rows_as<Row, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
+    }
+  } else if (p.dtype == 1) {
     write_rows_as<bf16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);
   } else if (p.dtype == 2) {
     write_rows_as<f16, kPitch, kChannels, kTokens, kThreads>(p, stage, scales, unit, channel, token, thread);

@@ -4,12 +4,20 @@
 // are filled by cp.async; each warp multiplies its fragments. kWarpsK warps share a fragment, each
 // taking every kWarpsK-th input tile. Blocks that share a tile of the product (split K) leave their
 // sums in the workspace; the last to arrive adds them up, in the order of the blocks, and writes the
-// rows. With a scale a group, products of one group are summed in int32 and join float sums.
+// rows. With a scale a group, products of one group are summed in int32 and join float sums. Rows of
+// int8, or of a half type: what differs for these is in linear_half.cuh.
 #pragma once
 
 #include "mqc/linear.cuh"
+#include "mqc/linear_half.cuh"
 
 namespace mqc {
+
+// Stages of a block: as many as wanted, or as fit the 99 KB of sm_89.
+constexpr int stages_that_fit(int wanted, int stage_bytes, int other_bytes) {
+  const int fit = (99 * 1024 - other_bytes) / stage_bytes;
+  return fit < wanted ? fit : wanted;
+}
 
 template <class Format_, int kWarpsChannel_, int kWarpsToken_, int kWarpsK_, int kI_, int kJ_, int kStages_>
 struct MmaShape {
@@ -18,15 +26,16 @@ struct MmaShape {
   static constexpr int kWarpsChannel = kWarpsChannel_, kWarpsToken = kWarpsToken_, kWarpsK = kWarpsK_;
   static constexpr int kI = kI_;  // fragments of 16 channels a warp
   static constexpr int kJ = kJ_;  // fragments of 8 tokens a warp
-  static constexpr int kStages = kStages_;
   static constexpr int kChannels = kWarpsChannel * kI * 16;
   static constexpr int kTokens = kWarpsToken * kJ * 8;
   static constexpr int kWarpsOutput = kWarpsChannel * kWarpsToken;
   static constexpr int kThreads = 32 * kWarpsOutput * kWarpsK;
   static constexpr int kTiles = kChannels / kTileChannels;  // weight tiles side by side
   static constexpr int kWeightBytes = kTiles * Format::kTileBytes;
-  static constexpr int kTokenBytes = kTokens * kTileInputs;
+  static constexpr int kTokenBytes = kTokens * kTileInputs * Format::kInputBytes;
   static constexpr int kStageBytes = kWarpsK * (kWeightBytes + kTokenBytes);
+  static constexpr int kOtherBytes = kTokens * 4 + 16;  // activation scales by token, the flag of the last block
+  static constexpr int kStages = stages_that_fit(kStages_, kStageBytes, kOtherBytes);
   static constexpr int kSums = kI * kJ * 4;  // accumulators of a thread
   static constexpr int kBlocks = kTokens <= 64 && kThreads <= 256 ? 2 : 1;  // blocks a multiprocessor should hold
   static_assert(kChannels % kTileChannels == 0, "a block takes whole weight tiles");
@@ -35,25 +44,25 @@ struct MmaShape {
   static constexpr int kSumBytes = (kWarpsK - 1) * kWarpsOutput * kSums * 32 * 4;
   static constexpr int kLarger = kOutputBytes > kSumBytes ? kOutputBytes : kSumBytes;
   static constexpr int kArea = kStages * kStageBytes > kLarger ? kStages * kStageBytes : kLarger;
-  // Behind the stages: activation scales by token, and the flag of the last block.
-  static constexpr int kSharedBytes = kArea + kTokens * 4 + 16;
+  static constexpr int kSharedBytes = kArea + kOtherBytes;  // and scales of groups, see half_scales
+  static_assert(kStages >= 2 && kSharedBytes <= 99 * 1024, "a stage is filled while another is multiplied");
 };
 
 // Starts the copies of input tiles `tile`, tile + 1, .. (kWarpsK of them) to a stage.
 template <class Shape>
 MQC_D void mma_load_stage(const LinearParams& p, uint32_t stage, int tile, int tile_end, int first_channel_tile,
                           int first_token, int thread) {
+  using Format = typename Shape::Format;
   constexpr int kChunks = Shape::kWarpsK * Shape::kWeightBytes / 16;
   MQC_UNROLL
   for (int base = 0; base < kChunks; base += Shape::kThreads) {
     const int index = base + thread;
     if (kChunks % Shape::kThreads != 0 && index >= kChunks) break;
-    constexpr int kPerTile = Shape::Format::kTileBytes / 16;
+    constexpr int kPerTile = Format::kTileBytes / 16;
     const int chunk = index % kPerTile, column = index / kPerTile;
     const int channel_tile = first_channel_tile + column % Shape::kTiles, input_tile = tile + column / Shape::kTiles;
     const bool valid = input_tile < tile_end && channel_tile < p.channel_tiles;
-    const uint8_t* from = p.w + packed_tile<typename Shape::Format>(valid ? channel_tile : 0, valid ? input_tile : 0,
-                                                                    p.input_tiles);
+    const uint8_t* from = weight_tile<Format>(p, valid ? channel_tile : 0, valid ? input_tile : 0);
     gpu::copy_async16(stage + index * 16, from + chunk * 16, valid);
   }
   constexpr int kRowChunks = Shape::kWarpsK * Shape::kTokenBytes / 16;
@@ -62,11 +71,20 @@ MQC_D void mma_load_stage(const LinearParams& p, uint32_t stage, int tile, int t
   for (int base = 0; base < kRowChunks; base += Shape::kThreads) {
     const int index = base + thread;
     if (kRowChunks % Shape::kThreads != 0 && index >= kRowChunks) break;
-    const int chunk = index % 8, token = index / 8 % Shape::kTokens, part = index / (8 * Shape::kTokens);
-    const int input = (tile + part) * kTileInputs + chunk * 16, row = first_token + token;
+    constexpr int kPerRow = kTileInputs * Format::kInputBytes / 16, kInChunk = 16 / Format::kInputBytes;
+    const int chunk = index % kPerRow, token = index / kPerRow % Shape::kTokens;
+    const int part = index / (kPerRow * Shape::kTokens);
+    const int input = (tile + part) * kTileInputs + chunk * kInChunk, row = first_token + token;
     const bool valid = tile + part < tile_end && row < p.rows && input < p.k;
-    const int8_t* from = p.x + (valid ? row * p.x_stride + input : 0);
-    gpu::copy_async16(tokens + part * Shape::kTokenBytes + swizzled_chunk(token, chunk), from, valid);
+    const int8_t* from = p.x + (valid ? row * p.x_stride + input * Format::kInputBytes : 0);
+    const uint32_t to = tokens + part * Shape::kTokenBytes;
+    if constexpr (Format::kFloatRows) {
+      // What lies behind a row may be no number, and a weight of zero would not undo it.
+      const int present = p.k - input < kInChunk ? p.k - input : kInChunk;
+      gpu::copy_async_part(to + swizzled_half_chunk(token, chunk), from, valid ? present * Format::kInputBytes : 0);
+    } else {
+      gpu::copy_async16(to + swizzled_chunk(token, chunk), from, valid);
+    }
   }
 }
 
@@ -190,29 +208,39 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
   MQC_UNROLL
   for (int s = 0; s < Shape::kSums; ++s) sums[s / (4 * Shape::kJ)][s / 4 % Shape::kJ][s % 4] = 0;
 
+  const auto load_stage = [&](int step) {
+    const int tile = tile_begin + step * Shape::kWarpsK, stage = step % Shape::kStages;
+    mma_load_stage<Shape>(p, stages + stage * Shape::kStageBytes, tile, tile_end, first_channel_tile, first_token,
+                          thread);
+    if constexpr (Shape::Format::kFloatRows)
+      half_load_scales<Shape>(p, half_scales<Shape>(p, stages, stage), tile, tile_end, first_channel_tile, thread);
+  };
   MQC_UNROLL
   for (int s = 0; s < Shape::kStages - 1; ++s) {
-    if (s < steps)
-      mma_load_stage<Shape>(p, stages + s * Shape::kStageBytes, tile_begin + s * Shape::kWarpsK, tile_end,
-                            first_channel_tile, first_token, thread);
+    if (s < steps) load_stage(s);
     gpu::copy_async_commit();
   }
   for (int step = 0; step < steps; ++step) {
     gpu::copy_async_wait<Shape::kStages - 2>();
     gpu::sync_block();  // the stage is complete for all, and nobody reads the one filled next
     const int next = step + Shape::kStages - 1;
-    if (next < steps)
-      mma_load_stage<Shape>(p, stages + next % Shape::kStages * Shape::kStageBytes,
-                            tile_begin + next * Shape::kWarpsK, tile_end, first_channel_tile, first_token, thread);
+    if (next < steps) load_stage(next);
     gpu::copy_async_commit();
     const uint32_t stage = stages + step % Shape::kStages * Shape::kStageBytes;
-    mma_multiply<Shape>(sums, stage + warp_k * Shape::kWeightBytes,
-                        stage + Shape::kWarpsK * Shape::kWeightBytes + warp_k * Shape::kTokenBytes, warp_channel,
-                        warp_token, lane);
+    const uint32_t weights = stage + warp_k * Shape::kWeightBytes;
+    const uint32_t tokens = stage + Shape::kWarpsK * Shape::kWeightBytes + warp_k * Shape::kTokenBytes;
+    if constexpr (Shape::Format::kFloatRows) {
+      const uint32_t tile_scales =
+          half_scales<Shape>(p, stages, step % Shape::kStages) + warp_k * Shape::kTiles * p.scale_bytes;
+      half_multiply<Shape>(p, sums, weights, tokens, tile_scales, warp_channel, warp_token, lane);
+    } else {
+      mma_multiply<Shape>(sums, weights, tokens, warp_channel, warp_token, lane);
+    }
   }
   auto* scales = reinterpret_cast<float*>(shared + Shape::kArea);
   static_assert(Shape::kTokens <= Shape::kThreads, "a thread a token");
-  if (thread < Shape::kTokens) scales[thread] = token_scale(p, first_token + thread);
+  if (thread < Shape::kTokens)
+    scales[thread] = Shape::Format::kFloatRows ? 1.0f : token_scale(p, first_token + thread);
   gpu::copy_async_wait<0>();
   gpu::sync_block();  // the stages are free for other uses, the scales complete
 
@@ -256,18 +284,23 @@ MQC_KERNEL(Shape::kThreads, Shape::kBlocks) linear_mma_kernel(MQC_GRID_CONSTANT 
     }
   }
   gpu::sync_block();
-  write_rows<kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads>(
+  write_rows<kPitch, Shape::kChannels, Shape::kTokens, Shape::kThreads, typename Shape::Format::Row>(
       p, output, scales, Shape::Format::kUnit, first_channel_tile * kTileChannels, first_token, thread);
 }
 
 // The shapes that are built, by mqc_linear_kernel 1..5. Decode shapes take 8 warps for 64 channels,
-// each half of them every other input tile. Stages keep within the 99 KB of sm_89.
+// each half of them every other input tile.
 template <class Format> using Mma8 = MmaShape<Format, 4, 1, 2, 1, 1, 4>;
 template <class Format> using Mma16 = MmaShape<Format, 4, 1, 2, 1, 2, 4>;
 template <class Format> using Mma32 = MmaShape<Format, 4, 1, 2, 1, 4, 4>;
-template <class Format> constexpr int kManyStages = Format::kTileBytes <= 4096 + 256 ? 4 : 3;
-template <class Format> using Mma64 = MmaShape<Format, 4, Format::kGrouped ? 2 : 1, 2, 1, Format::kGrouped ? 4 : 8,
-                                               kManyStages<Format>>;
-template <class Format> using Mma128 = MmaShape<Format, 2, 4, 1, 4, 4, kManyStages<Format>>;
+template <class Format> using Mma64 = MmaShape<Format, 4, Format::kGrouped ? 2 : 1, 2, 1, Format::kGrouped ? 4 : 8, 4>;
+template <class Format> using Mma128 = MmaShape<Format, 2, 4, 1, 4, 4, 4>;
+
+// The same for rows of half types, whose stages take twice the room. Many tokens: a warp holds more of
+// them than of channels, since every warp that reads a weight widens it.
+template <class Row, int kBits> using Half8 = MmaShape<HalfFormat<Row, kBits>, 4, 1, 2, 1, 1, kBits == 4 ? 4 : 3>;
+template <class Row, int kBits> using Half16 = MmaShape<HalfFormat<Row, kBits>, 4, 1, 2, 1, 2, kBits == 4 ? 4 : 3>;
+template <class Row, int kBits> using Half64 = MmaShape<HalfFormat<Row, kBits>, 8, 1, 1, 1, 8, kBits == 4 ? 3 : 2>;
+template <class Row, int kBits> using Half128 = MmaShape<HalfFormat<Row, kBits>, 4, 2, 1, 2, 8, 2>;
 
 }  // namespace mqc

@@ -317,6 +317,11 @@ Vector16 load_shared16(uint32_t address) {
   return v;
 }
 
+void load_shared8(uint32_t (&r)[2], uint32_t address) {
+  if (address % 8) fail("an 8-byte load from shared memory is misaligned");
+  memcpy(r, at(address, 8), 8);
+}
+
 float load_shared_float(uint32_t address) {
   float value;
   if (address % 4) fail("a 4-byte load from shared memory is misaligned");
@@ -325,12 +330,13 @@ float load_shared_float(uint32_t address) {
 }
 
 // ---- cp.async: done at the latest when its group is waited for ---------------------------------
-void copy_async16(uint32_t to, const void* from, bool valid) {
-  if (to % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async is misaligned");
+void copy_async_part(uint32_t to, const void* from, int bytes) {
+  if (to % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async is misaligned");
+  if (bytes < 0 || bytes > 16) fail("cp.async of more than 16 bytes");
   uint8_t* target = at(to, 16);
-  auto copy = [target, from, valid] {
-    if (valid) memcpy(target, from, 16);
-    else memset(target, 0, 16);
+  auto copy = [target, from, bytes] {
+    memset(target, 0, 16);
+    if (bytes) memcpy(target, from, static_cast<size_t>(bytes));
   };
   if (act_now()) copy();
   else current->open.push_back(copy);

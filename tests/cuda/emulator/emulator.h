@@ -64,9 +64,13 @@ inline void store16(void* global, const Vector16& v) {
 template <class T> T load_l2(const T* global) { return *global; }
 template <class T> void store_l2(T* global, T value) { *global = value; }
 Vector16 load_shared16(uint32_t address);
+void load_shared8(uint32_t (&r)[2], uint32_t address);
 float load_shared_float(uint32_t address);
 
-void copy_async16(uint32_t shared, const void* global, bool valid);
+void copy_async_part(uint32_t shared, const void* global, int bytes);
+inline void copy_async16(uint32_t shared, const void* global, bool valid) {
+  copy_async_part(shared, global, valid ? 16 : 0);
+}
 void copy_async_commit();
 void copy_async_wait_groups(int pending);
 template <int kPending> void copy_async_wait() { copy_async_wait_groups(kPending); }

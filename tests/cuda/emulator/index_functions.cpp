@@ -1,6 +1,7 @@
 // The index maps of mqc/layout.cuh and number functions, callable from the tests.
 #include "linear_launch.h"
 #include "mqc/gpu.cuh"
+#include "mqc/halves.cuh"
 #include "mqc/layout.cuh"
 #include "mqc/rows.cuh"
 
@@ -41,6 +42,42 @@ template <class Format> static void unpack(const uint8_t* packed, int n, int k, 
 EXPORT void test_unpack(int layout, const uint8_t* packed, int n, int k, int8_t* out, float* scales) {
   by_format(layout, [&](auto format) { unpack<decltype(format)>(packed, n, k, out, scales); });
 }
+
+// The weights as mma.m16n8k16 gets them: float [ceil64(n), ceil128(k)].
+template <class Row, int kBits> static void unpack_pairs(const uint8_t* packed, int tile_bytes, int n, int k, float* out) {
+  const int64_t input_tiles = ceil_div(k, kTileInputs), columns = input_tiles * kTileInputs;
+  for (int64_t tile = 0; tile < ceil_div(n, kTileChannels) * input_tiles; ++tile)
+    for (int step = 0; step < kStepsPerTile; ++step)
+      for (int thread = 0; thread < 128; ++thread)
+        for (int half = 0; half < 2; ++half) {
+          uint32_t words[4], a[4];
+          if (kBits == 4) {
+            memcpy(words, packed + tile * tile_bytes + packed_vector(step / 2, thread) + step % 2 * 8, 8);
+            unpack_int4_pairs<Row>(words[half], a);
+          } else {
+            memcpy(words, packed + tile * tile_bytes + packed_vector(step, thread), 16);
+            unpack_int8_pairs<Row>(words[2 * half], words[2 * half + 1], a);
+          }
+          for (int i = 0; i < 8; ++i) {  // fragment of mma.m16n8k16: registers of two values
+            const int64_t row = tile / input_tiles * kTileChannels + fragment_row(thread, i / 2);
+            const int index = thread % 4 * 2 + i % 2 + i / 4 * 8;
+            const int64_t column = tile % input_tiles * kTileInputs + step * kStepInputs + 16 * half + half_input(index);
+            Row value;
+            value.bits = static_cast<uint16_t>(a[i / 2] >> (16 * (i % 2)));
+            out[row * columns + column] = to_float(value);
+          }
+        }
+}
+
+EXPORT void test_unpack_pairs(int layout, int is_bf16, const uint8_t* packed, int n, int k, float* out) {
+  by_format(layout, [&](auto format) {
+    constexpr int kBits = decltype(format)::kBits;
+    if (is_bf16) unpack_pairs<bf16, kBits>(packed, decltype(format)::kTileBytes, n, k, out);
+    else unpack_pairs<f16, kBits>(packed, decltype(format)::kTileBytes, n, k, out);
+  });
+}
+
+EXPORT int test_swizzled_half_chunk(int row, int chunk) { return swizzled_half_chunk(row, chunk); }
 
 // signs: int8 [base, base] of +-1.
 EXPORT void test_hadamard_signs(const uint32_t* table, int base, int8_t* signs) {

@@ -1,5 +1,6 @@
-// LinearW4A8 and LinearW8A8 of signed activations. The file's weights are packed for the kernels when
-// the session is made; the file keeps the layout that the CPU library and the bodies read.
+// LinearW4A8 and LinearW8A8 of signed activations, LinearW4A16 and LinearW8A16 of float ones, which are
+// multiplied as float16. The file's weights are packed for the kernels when the session is made; the
+// file keeps the layout that the CPU library and the bodies read.
 #include <string>
 
 #include "call.h"
@@ -11,6 +12,11 @@ namespace {
 constexpr int64_t kMostInputs = 131072;  // products are exact in int32
 constexpr int64_t kMostSplit = 64;
 constexpr int64_t kAlign = 16;           // bytes, of rows of x
+constexpr int64_t kHalf = 2;
+
+bool has_float_rows(const Variant& variant) {
+    return variant.name == "LinearW4A16" || variant.name == "LinearW8A16";
+}
 
 class Linear : public Kernel {
   public:
@@ -20,7 +26,7 @@ class Linear : public Kernel {
         scale.require(scale.shape.size() == (grouped ? 2u : 1u) && scale.shape[0] > 0,
                       grouped ? "[N, groups]" : "[N]");
         Weight w;
-        w.bits = variant.name == "LinearW4A8" ? 4 : 8;
+        w.bits = variant.name == "LinearW4A8" || variant.name == "LinearW4A16" ? 4 : 8;
         w.tiled = variant.has("c16k4");
         w.n = n_ = scale.shape[0];
         w.groups = grouped ? scale.shape[1] : 1;
@@ -47,8 +53,10 @@ class Linear : public Kernel {
 
     void compute(Call& call) const override {
         const Variant& variant = call.variant();
-        const Tensor x = call.input("xq");
-        call.require(x.rank() >= 1 && x.last() == k_, "xq", x,
+        const bool floats = has_float_rows(variant);
+        const char* name = floats ? "x" : "xq";
+        const Tensor x = call.input(name);
+        call.require(x.rank() >= 1 && x.last() == k_, name, x,
                      ("[..., " + std::to_string(k_) + "]").c_str());
         std::vector<int64_t> result = x.shape;
         result.back() = n_;
@@ -62,7 +70,7 @@ class Linear : public Kernel {
         args.w = weight_.data();
         args.w_scale = variant.has("group") ? static_cast<const float*>(channels_.data())
                                             : call.input("w_scale").as<float>();
-        args.x_scale = call.set_scales(args, "x_scale", x);
+        if (!floats) args.x_scale = call.set_scales(args, "x_scale", x);
         if (variant.has("bias")) {
             const Tensor bias = call.input("bias");
             call.require(bias.rank() == 1 && bias.count == n_, "bias", bias, "[N]");
@@ -78,7 +86,7 @@ class Linear : public Kernel {
         args.y = call.output<float>(0, result);
         args.y_stride = n_;
         if (args.rows == 0) return;
-        set_rows(call, x, args);
+        floats ? set_float_rows(call, x, args) : set_rows(call, x, args);
         check_workspace(call, args);
         call.check(kernels().linear(&args, call.stream()));
     }
@@ -122,6 +130,16 @@ class Linear : public Kernel {
         args.x = rows;
     }
 
+    // Rows as float16, as far apart as the kernel wants them.
+    void set_float_rows(const Call& call, const Tensor& x, mqc_linear_args& args) const {
+        args.x_dtype = MQC_F16;
+        args.x_stride = (k_ + kAlign / kHalf - 1) / (kAlign / kHalf) * (kAlign / kHalf);
+        void* rows = call.workspace().scratch(args.rows * args.x_stride * kHalf);
+        call.check(kernels().rows_to_f16(rows, args.x_stride, x.as<float>(), k_, k_, args.rows,
+                                         call.stream()));
+        args.x = rows;
+    }
+
     static void check_workspace(const Call& call, mqc_linear_args& args) {
         call.check(kernels().linear_workspace(&args, &args.workspace_bytes));
         if (args.workspace_bytes) args.workspace = call.workspace().counted(args.workspace_bytes);
@@ -137,8 +155,9 @@ class Linear : public Kernel {
 bool has_linear(const Variant& variant) {
     const bool known = has_only(variant, {"mask", "count", "bias", "split", "residual", "group", "odd",
                                           "s8", "c16k4"});
-    if (!known || !variant.has("s8")) return false;
-    return variant.name == "LinearW4A8" || (variant.name == "LinearW8A8" && !variant.has("group"));
+    if (!known) return false;
+    if (has_float_rows(variant)) return true;
+    return variant.has("s8") && (variant.name == "LinearW4A8" || variant.name == "LinearW8A8");
 }
 
 Kernel* make_linear(const Variant& variant, const Ort::ConstKernelInfo& info) {

@@ -117,12 +117,13 @@ std::vector<uint8_t> pack_as(const Weight& w) {
 }  // namespace
 
 int layout_of(const Weight& w) {
-    if (w.groups == 1) return w.bits == 8 ? MQC_LAYOUT_W8_64X128 : MQC_LAYOUT_W4_64X128;
-    if (w.bits == 8 || w.k % w.groups) return 0;
+    const bool eight = w.bits == 8;
+    if (w.groups == 1) return eight ? MQC_LAYOUT_W8_64X128 : MQC_LAYOUT_W4_64X128;
+    if (w.k % w.groups) return 0;
     switch (std::gcd(w.k / w.groups, kInputs)) {
-        case 32: return MQC_LAYOUT_W4_64X128_G32;
-        case 64: return MQC_LAYOUT_W4_64X128_G64;
-        case 128: return MQC_LAYOUT_W4_64X128_G128;
+        case 32: return eight ? MQC_LAYOUT_W8_64X128_G32 : MQC_LAYOUT_W4_64X128_G32;
+        case 64: return eight ? MQC_LAYOUT_W8_64X128_G32 : MQC_LAYOUT_W4_64X128_G64;
+        case 128: return eight ? MQC_LAYOUT_W8_64X128_G128 : MQC_LAYOUT_W4_64X128_G128;
         default: return 0;
     }
 }
@@ -134,6 +135,8 @@ std::vector<uint8_t> pack(const Weight& w) {
         case MQC_LAYOUT_W4_64X128_G32: return pack_as<mqc::W4Grouped<32>>(w);
         case MQC_LAYOUT_W4_64X128_G64: return pack_as<mqc::W4Grouped<64>>(w);
         case MQC_LAYOUT_W4_64X128_G128: return pack_as<mqc::W4Grouped<128>>(w);
+        case MQC_LAYOUT_W8_64X128_G32: return pack_as<mqc::W8Grouped<32>>(w);
+        case MQC_LAYOUT_W8_64X128_G128: return pack_as<mqc::W8Grouped<128>>(w);
         default: throw std::runtime_error("no kernel takes weights of these groups");
     }
 }
