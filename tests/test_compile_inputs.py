@@ -54,3 +54,9 @@ def test_calibration_data(checkpoint: Path) -> None:
     refused(checkpoint, "does not exist", calibration="nowhere.jsonl")
     (checkpoint / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n[')
     refused(checkpoint, "line 2 of rows.jsonl is not JSON", calibration=checkpoint / "rows.jsonl")
+
+
+def test_schemes_by_name() -> None:
+    for call in (mqc.compile, mqc.plan):
+        with pytest.raises(MqcError, match="unknown scheme 'w4a9'"):
+            call("tiny-llava", scheme="w4a9")
