@@ -159,3 +159,22 @@ def scale_struct(
 ) -> RowScales:
     """Row scales whose arrays the caller keeps alive."""
     return RowScales(pointer(scale), pointer(mask), pointer(count), tokens)
+
+
+def attend(library: ctypes.CDLL, call: Attention) -> AttentionPlan:
+    """Run all phases of a call, with memory of the sizes that its plan asks for."""
+    plan = AttentionPlan()
+    library.mqc_attention_prepare(call, plan)
+    guard = 16
+    workspace, scratch = (
+        np.full(size + guard, np.nan, np.float32) for size in (plan.workspace, plan.scratch)
+    )
+    for phase in ("append", "pack"):
+        for task in range(getattr(plan, f"{phase}s")):
+            getattr(library, f"mqc_attention_{phase}")(call, plan, workspace.ctypes.data, task)
+    for task in reversed(range(plan.tasks)):
+        library.mqc_attention_attend(call, plan, workspace.ctypes.data, scratch.ctypes.data, task)
+    for task in range(plan.combines):
+        library.mqc_attention_combine(call, plan, workspace.ctypes.data, task)
+    assert np.isnan(workspace[-guard:]).all() and np.isnan(scratch[-guard:]).all()
+    return plan

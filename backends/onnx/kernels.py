@@ -53,47 +53,42 @@ class Threads(ctypes.Structure):
     )
 
 
+_WEIGHT = (
+    ("shape", Shape),
+    ("m", ctypes.c_int64),
+    ("packed", ctypes.c_void_p),
+    ("w_scale", ctypes.c_void_p),
+)
+_TERMS = (
+    ("bias", ctypes.c_void_p),
+    ("split", ctypes.c_int64),
+    ("x_split", ctypes.c_void_p),
+    ("w_split", ctypes.c_void_p),
+    ("residual", ctypes.c_void_p),
+    ("y", ctypes.c_void_p),
+    ("workspace", ctypes.c_void_p),
+)
+
+
 class Call(ctypes.Structure):
     """mqc_linear_call."""
 
     _fields_ = (
-        ("shape", Shape),
-        ("m", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("w_scale", ctypes.c_void_p),
+        *_WEIGHT,
         ("xq", ctypes.c_void_p),
         ("x_unsigned", ctypes.c_int32),
         ("modality_form", ctypes.c_int32),
         ("modality", ctypes.c_void_p),
         ("sequence", ctypes.c_int64),
         ("x_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("split", ctypes.c_int64),
-        ("x_split", ctypes.c_void_p),
-        ("w_split", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
+        *_TERMS,
     )
 
 
 class FloatCall(ctypes.Structure):
     """mqc_float_linear_call."""
 
-    _fields_ = (
-        ("shape", Shape),
-        ("m", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("w_scale", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("split", ctypes.c_int64),
-        ("x_split", ctypes.c_void_p),
-        ("w_split", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-    )
+    _fields_ = (*_WEIGHT, ("x", ctypes.c_void_p), *_TERMS)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, guard: int = 0) -> Array:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from shared import locked
 
 from mqc.numerics.packing import pack_int4
 
@@ -89,10 +90,12 @@ def arm() -> list[str]:
     if headers.is_dir():
         configure.append(f"-DMQC_ORT_INCLUDE={headers}")
     build = [cmake, "--build", str(BUILD), "--parallel", "2", "--target", "mqc_run_cases"]
-    for command in (configure, build):
-        made = subprocess.run(command, capture_output=True, text=True)
-        assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    assert "warning:" not in made.stdout
+    BUILD.parent.mkdir(exist_ok=True)
+    with locked(BUILD.with_suffix(".lock")):  # test processes share the folder
+        for command in (configure, build):
+            made = subprocess.run(command, capture_output=True, text=True)
+            assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+            assert "warning:" not in made.stdout
     return [qemu, str(BUILD / "backends" / "onnx" / "native" / "mqc_run_cases")]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import native_library as native
 import numpy as np
@@ -13,18 +12,6 @@ import torch
 from mqc.ops import attention_full
 
 pytestmark = native.needs_library
-
-
-@pytest.fixture(params=native.ISAS, ids=[copy.decode() for _, copy in native.ISAS])
-def lib(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
-    library = native.functions()
-    isa, _ = request.param
-    before = library.mqc_isa()
-    if not library.mqc_isa_supported(isa):
-        pytest.skip(f"this processor has no {isa.decode()}")
-    assert library.mqc_set_isa(isa) == 0
-    yield library
-    assert library.mqc_set_isa(before) == 0
 
 
 CASES = {
@@ -87,15 +74,6 @@ def test_attention_full(lib: ctypes.CDLL, case: str, packed: bool) -> None:
         *strides,
         *(cos.ctypes.data, sin.ctypes.data, native.pointer(mask), None, None, out.ctypes.data),
     )
-    plan = native.AttentionPlan()
-    lib.mqc_attention_prepare(call, plan)
+    plan = native.attend(lib, call)
     assert plan.appends == masks * s and plan.combines == 0
-    workspace = np.full(plan.workspace + 16, np.nan, np.float32)
-    scratch = np.full(plan.scratch + 16, np.nan, np.float32)
-    for phase in ("append", "pack"):
-        for task in range(getattr(plan, f"{phase}s")):
-            getattr(lib, f"mqc_attention_{phase}")(call, plan, workspace.ctypes.data, task)
-    for task in reversed(range(plan.tasks)):
-        lib.mqc_attention_attend(call, plan, workspace.ctypes.data, scratch.ctypes.data, task)
     assert native.relative(out, wanted.numpy()) <= 2e-6
-    assert np.isnan(workspace[-16:]).all() and np.isnan(scratch[-16:]).all()

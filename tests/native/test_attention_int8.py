@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import native_library as native
 import numpy as np
@@ -13,18 +12,6 @@ import torch
 from mqc.ops import attention_int8
 
 pytestmark = native.needs_library
-
-
-@pytest.fixture(params=native.ISAS, ids=[copy.decode() for _, copy in native.ISAS])
-def lib(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
-    library = native.functions()
-    isa, _ = request.param
-    before = library.mqc_isa()
-    if not library.mqc_isa_supported(isa):
-        pytest.skip(f"this processor has no {isa.decode()}")
-    assert library.mqc_set_isa(isa) == 0
-    yield library
-    assert library.mqc_set_isa(before) == 0
 
 
 CASES = {
@@ -72,18 +59,7 @@ def test_attention(lib: ctypes.CDLL, case: str) -> None:
         *(None, None, out.ctypes.data),
         *(x.ctypes.data for x in (keys, values, key_scale, value_scale)),
     )
-    plan = native.AttentionPlan()
-    lib.mqc_attention_prepare(call, plan)
-    workspace = np.full(plan.workspace + 16, np.nan, np.float32)
-    scratch = np.full(plan.scratch + 16, np.nan, np.float32)
-    assert plan.packs == 0
-    for task in range(plan.appends):
-        lib.mqc_attention_append(call, plan, workspace.ctypes.data, task)
-    for task in reversed(range(plan.tasks)):
-        lib.mqc_attention_attend(call, plan, workspace.ctypes.data, scratch.ctypes.data, task)
-    for task in range(plan.combines):
-        lib.mqc_attention_combine(call, plan, workspace.ctypes.data, task)
-    assert np.isnan(workspace[-16:]).all() and np.isnan(scratch[-16:]).all()
+    assert native.attend(lib, call).packs == 0
     stored = (keys, values, key_scale, value_scale)
     for found, expected in zip(stored, wanted[1:], strict=True):
         assert np.array_equal(found, expected.numpy())

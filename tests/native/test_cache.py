@@ -12,11 +12,6 @@ from mqc.ops.onnx_functions import attach_functions
 pytestmark = native.needs_library
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 @pytest.mark.parametrize("op_type", ["Attention_half", "AttentionInt8_half"])
 def test_cache_is_written_in_place(op_type: str, rng: np.random.Generator) -> None:
     """One buffer bound to input and output: the new rows are written, the others stay."""

@@ -9,22 +9,20 @@ from typing import Any
 import guarded_memory
 import native_library as native
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from linear_cases import Array, guarded, intact, random_output, random_weights, run_watched
 
-from mqc.backends.onnx.kernels import Kernels, PackedLinear, Shape, aligned
+from mqc.backends.onnx.kernels import Kernels, PackedLinear, Shape
 from mqc.errors import UsageError
 from mqc.numerics.packing import pack_int4
 
 pytestmark = native.needs_library
 
-Array = npt.NDArray[Any]
 ISAS = ("portable", "avx2", "avx512vnni")
 """One for each copy of the kernels."""
-GUARD = 256
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,6 @@ def library() -> Iterator[Kernels]:
 @pytest.fixture(params=ISAS, scope="module")
 def kernels(request: pytest.FixtureRequest, library: Kernels) -> Kernels:
     return native.on_isa(library, request.param)
-
-
-def weights(rng: np.random.Generator, n: int, k: int, bits: int) -> Array:
-    return rng.integers(*((-8, 8) if bits == 4 else (-128, 128)), (n, k)).astype(np.int8)
 
 
 def pack(kernels: Kernels, q: Array, w_scale: Array, bits: int) -> PackedLinear:
@@ -67,23 +61,13 @@ def close(y: Array, want: tuple[Array, Array]) -> bool:
     return bool((error <= 2e-6 * size).all() and (whole or y.size < 8))
 
 
-def guarded(shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """A float32 array of NaN with guard bytes on both sides, and the raw bytes."""
-    size = int(np.prod(shape)) * 4
-    raw = aligned((size + 2 * GUARD,), np.uint8)
-    raw[:] = 0xA5
-    y = raw[GUARD : GUARD + size].view(np.float32).reshape(shape)
-    y[:] = np.nan
-    return y, raw
-
-
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16, 17, 128])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows(kernels: Kernels, bits: int, m: int) -> None:
     """As exact as float32 sums are, and the same on one thread and on two."""
     rng = np.random.default_rng(m)
     for n, k, groups in [(83, 416, [1, 13][m % 2]), (40, 1176, 1)]:
-        q = weights(rng, n, k, bits)
+        q = random_weights(rng, n, k, bits)
         w_scale = (rng.random((n, groups)) + 0.01).astype(np.float32)
         linear = pack(kernels, q, w_scale, bits)
         # a large mean: what cancels must not cost digits
@@ -92,7 +76,7 @@ def test_rows(kernels: Kernels, bits: int, m: int) -> None:
         for threads in (1, 2):
             y, raw = guarded((m, n))
             kernels.run(kernels.float_call(linear, x, y), kernels.threads(threads))
-            assert (raw[:GUARD] == 0xA5).all() and (raw[-GUARD:] == 0xA5).all()
+            assert intact(raw)
             assert close(y, reference(q, x, w_scale, {}))
             results.append(y)
         assert np.array_equal(*results)
@@ -127,37 +111,14 @@ def test_shapes(
     workspace: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
-    q = weights(rng, n, size * groups, bits)
+    q = random_weights(rng, n, size * groups, bits)
     x = rng.standard_normal((m, size * groups)).astype(np.float32)
     w_scale = (rng.random((n, groups)) + 0.01).astype(np.float32)
-    given_terms: dict[str, Array] = {}
-    if "bias" in terms:
-        given_terms["bias"] = rng.standard_normal(n).astype(np.float32)
-    if "split" in terms:
-        given_terms["x_split"] = rng.standard_normal((m, rank)).astype(np.float32)
-        given_terms["w_split"] = rng.standard_normal((n, rank)).astype(np.float32)
-    y, raw = guarded((m, n))
-    if "residual" in terms:
-        given_terms["residual"] = rng.standard_normal((m, n)).astype(np.float32)
-    want = reference(q, x, w_scale, given_terms)
-
-    passed: dict[str, Array | None] = dict(given_terms)
-    if "split" in terms:
-        passed["w_split"] = kernels.columns(given_terms["w_split"])
-    if "residual" in terms and "in place" in terms:
-        y[:] = given_terms["residual"]
-        passed["residual"] = y
-    call = kernels.float_call(pack(kernels, q, w_scale, bits), x, y, **passed)
-    if workspace:
-        need = kernels.workspace_bytes(call, threads)
-        memory = aligned((need + GUARD + 1,), np.uint8)[1:]  # at an odd address
-        memory[:] = 0x5A
-        call.workspace = memory.ctypes.data
-    kernels.run(call, kernels.threads(threads))
-    assert (raw[:GUARD] == 0xA5).all() and (raw[-GUARD:] == 0xA5).all()
-    if workspace:
-        assert (memory[need:] == 0x5A).all()
-    assert close(y, want)
+    out = random_output(kernels, rng, (m, n), rank, terms)
+    want = reference(q, x, w_scale, out.terms)
+    call = kernels.float_call(pack(kernels, q, w_scale, bits), x, out.y, **out.passed)
+    run_watched(kernels, call, out.raw, threads, workspace)
+    assert close(out.y, want)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -180,7 +141,7 @@ def test_weights_end_with_their_memory(kernels: Kernels, bits: int, m: int) -> N
     """Weights of a mapped file have no room behind them: a read past the last block faults."""
     rng = np.random.default_rng(m)
     for n, k, groups in [(1, 8, 1), (17, 24, 3), (83, 416, 13), (96, 1176, 1)]:
-        q, w_scale = weights(rng, n, k, bits), np.ones((n, groups), np.float32)
+        q, w_scale = random_weights(rng, n, k, bits), np.ones((n, groups), np.float32)
         linear = pack(kernels, q, w_scale, bits)
         end = guarded_memory.guarded(torch.from_numpy(linear.weight))
         assert end is not None

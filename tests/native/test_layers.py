@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import native_library as native
 import numpy as np
@@ -14,24 +13,6 @@ from mqc.numerics.hadamard import apply_hadamard, hadamard_matrix, hadamard_plan
 from mqc.ops import activation_quantize, attention, quantize_static
 
 pytestmark = native.needs_library
-
-
-@pytest.fixture(params=native.ISAS, ids=[copy.decode() for _, copy in native.ISAS])
-def lib(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
-    library = native.functions()
-    isa, copy = request.param
-    before = library.mqc_isa()
-    if not library.mqc_isa_supported(isa):
-        pytest.skip(f"this processor has no {isa.decode()}")
-    assert library.mqc_set_isa(isa) == 0
-    assert library.mqc_layers_isa() == copy
-    yield library
-    assert library.mqc_set_isa(before) == 0
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def quantized(
@@ -203,21 +184,10 @@ def test_attention(lib: ctypes.CDLL, rng: np.random.Generator, case: str, order:
         *(heads * d, groups * d, groups * dv),
         *(x.ctypes.data for x in (cos, sin, mask, keys, values, out)),
     )
-    plan = native.AttentionPlan()
-    lib.mqc_attention_prepare(call, plan)
-    workspace = np.full(plan.workspace + 16, np.nan, np.float32)
-    scratch = np.full(plan.scratch + 16, np.nan, np.float32)
-    for phase in ("append", "pack"):
-        for task in range(getattr(plan, f"{phase}s")):
-            getattr(lib, f"mqc_attention_{phase}")(call, plan, workspace.ctypes.data, task)
-    for task in reversed(range(plan.tasks)):
-        lib.mqc_attention_attend(call, plan, workspace.ctypes.data, scratch.ctypes.data, task)
-    for task in range(plan.combines):
-        lib.mqc_attention_combine(call, plan, workspace.ctypes.data, task)
+    plan = native.attend(lib, call)
     assert (plan.combines > 0) == (s < 4 and past + s > 512)
     for found, expected in zip((out, keys, values), wanted, strict=True):
         assert native.relative(found, expected.numpy()) <= 2e-6
-    assert np.isnan(workspace[-16:]).all() and np.isnan(scratch[-16:]).all()
 
 
 def test_a_row_that_sees_nothing_is_zero(lib: ctypes.CDLL, rng: np.random.Generator) -> None:
@@ -234,15 +204,7 @@ def test_a_row_that_sees_nothing_is_zero(lib: ctypes.CDLL, rng: np.random.Genera
             *(16, 16, 16, None, None, mask.ctypes.data),
             *(cache.ctypes.data, other.ctypes.data, out.ctypes.data),
         )
-        plan = native.AttentionPlan()
-        lib.mqc_attention_prepare(call, plan)
-        workspace, scratch = (np.zeros(n, np.float32) for n in (plan.workspace, plan.scratch))
-        for task in range(plan.appends):
-            lib.mqc_attention_append(call, plan, workspace.ctypes.data, task)
-        for task in range(plan.packs):
-            lib.mqc_attention_pack(call, plan, workspace.ctypes.data, task)
-        for task in range(plan.tasks):
-            lib.mqc_attention_attend(call, plan, workspace.ctypes.data, scratch.ctypes.data, task)
+        native.attend(lib, call)
         assert not out[0, 1].any()
         assert np.allclose(out[0, 0], q[0, 0, 0], rtol=1e-6)
         assert np.isfinite(out).all()

@@ -10,20 +10,17 @@ from typing import Any
 import guarded_memory
 import native_library as native
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from linear_cases import Array, guarded, intact, random_output, random_weights, run_watched
 
-from mqc.backends.onnx.kernels import ISAS, Kernels, PackedLinear, Shape, aligned
+from mqc.backends.onnx.kernels import ISAS, Kernels, PackedLinear, Shape
 from mqc.errors import UsageError
 from mqc.numerics.packing import fits_c16k4, pack_c16k4, pack_int4
 
 pytestmark = native.needs_library
-
-Array = npt.NDArray[Any]
-GUARD = 256
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +71,6 @@ def pack(kernels: Kernels, q: Array, w_scale: Array, bits: int) -> PackedLinear:
     return linear
 
 
-def guarded(shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """A float32 array of NaN with guard bytes on both sides, and the raw bytes."""
-    size = int(np.prod(shape)) * 4
-    raw = aligned((size + 2 * GUARD,), np.uint8)
-    raw[:] = 0xA5
-    y = raw[GUARD : GUARD + size].view(np.float32).reshape(shape)
-    y[:] = np.nan
-    return y, raw
-
-
-def intact(raw: Array) -> bool:
-    """The guard bytes are as they were."""
-    return bool((raw[:GUARD] == 0xA5).all() and (raw[-GUARD:] == 0xA5).all())
-
-
 def shifted(x: Array, unsigned: bool) -> Array:
     """Activations as int8, or as uint8 + 128."""
     return (x.astype(np.int16) + 128).astype(np.uint8) if unsigned else x
@@ -100,8 +82,7 @@ def shifted(x: Array, unsigned: bool) -> Array:
 def test_rows(kernels: Kernels, bits: int, m: int, threads: int) -> None:
     rng = np.random.default_rng(m)
     n, k, groups = 83, 416, [1, 13][m % 2]
-    q = rng.integers(-8, 8, (n, k)) if bits == 4 else rng.integers(-128, 128, (n, k))
-    q = q.astype(np.int8)
+    q = random_weights(rng, n, k, bits)
     x = rng.integers(-128, 128, (m, k)).astype(np.int8)
     w_scale = (rng.random((n, groups)) + 0.01).astype(np.float32)
     y, raw = guarded((m, n))
@@ -147,7 +128,7 @@ def test_shapes(
 ) -> None:
     rng = np.random.default_rng(seed)
     k = size * groups
-    q = rng.integers(*((-8, 8) if bits == 4 else (-128, 128)), (n, k)).astype(np.int8)
+    q = random_weights(rng, n, k, bits)
     x = rng.integers(-128, 128, (m, k)).astype(np.int8)
     w_scale = (rng.random((n, groups)) + 0.01).astype(np.float32)
     x_scale = rng.random(2).astype(np.float32)
@@ -158,35 +139,12 @@ def test_shapes(
         batch = next(b for b in (3, 2, 1) if m % b == 0)
         modal = rng.integers(-1, m // batch + 2, batch)  # out of range on both sides too
         visual = (np.arange(m // batch) < modal[:, None]).reshape(-1)
-    given_terms: dict[str, Array] = {}
-    if "bias" in terms:
-        given_terms["bias"] = rng.standard_normal(n).astype(np.float32)
-    if "split" in terms:
-        given_terms["x_split"] = rng.standard_normal((m, rank)).astype(np.float32)
-        given_terms["w_split"] = rng.standard_normal((n, rank)).astype(np.float32)
-    y, raw = guarded((m, n))
-    if "residual" in terms:
-        given_terms["residual"] = rng.standard_normal((m, n)).astype(np.float32)
-    want = reference(q, x, w_scale, x_scale[visual.astype(int)], given_terms)
-
-    passed: dict[str, Array | None] = dict(given_terms, x_scale=x_scale, modality=modal)
-    if "split" in terms:
-        passed["w_split"] = kernels.columns(given_terms["w_split"])
-    if "residual" in terms and "in place" in terms:
-        y[:] = given_terms["residual"]
-        passed["residual"] = y
+    out = random_output(kernels, rng, (m, n), rank, terms)
+    want = reference(q, x, w_scale, x_scale[visual.astype(int)], out.terms)
     linear, xq = pack(kernels, q, w_scale, bits), shifted(x, unsigned)
-    call = kernels.call(linear, xq, y, **passed)
-    if workspace:
-        need = kernels.library.mqc_linear_workspace_bytes(ctypes.byref(call), threads)
-        memory = aligned((need + GUARD + 1,), np.uint8)[1:]  # at an odd address
-        memory[:] = 0x5A
-        call.workspace = memory.ctypes.data
-    kernels.run(call, kernels.threads(threads))
-    assert intact(raw)
-    if workspace:
-        assert (memory[need:] == 0x5A).all()
-    assert np.array_equal(y, want)
+    call = kernels.call(linear, xq, out.y, x_scale=x_scale, modality=modal, **out.passed)
+    run_watched(kernels, call, out.raw, threads, workspace)
+    assert np.array_equal(out.y, want)
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 40])

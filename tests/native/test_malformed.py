@@ -55,11 +55,6 @@ VALID = {
 }
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 def session(model: onnx.ModelProto) -> ort.InferenceSession:
     return native.session(model.SerializeToString(), native=True)
 

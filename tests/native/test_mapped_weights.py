@@ -17,11 +17,6 @@ from mqc.ops.onnx_functions import variant_inputs
 pytestmark = native.needs_library
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 def resident(kind: str) -> int:
     """MB of memory of this process: "RssAnon", or the pages of the mapped files of that name."""
     if kind.startswith("Rss"):

@@ -13,11 +13,6 @@ from mqc.ops.onnx_functions import attach_functions
 pytestmark = native.needs_library
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 def test_operators_of_the_library_are_operators_of_mqc() -> None:
     """Others run by their bodies."""
     assert set(VARIANTS) < {op.onnx.name for op in mqc.ops.OPS.values()}
