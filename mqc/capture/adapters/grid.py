@@ -104,15 +104,28 @@ class GridAdapter(Adapter):
     ) -> tuple[torch.Tensor, int]:
         ids = torch.as_tensor(input_ids).reshape(1, -1)
         kinds = self.modalities(ids[0])
-        if not bool(kinds.any()):
-            length = int(ids.shape[-1])
-            return torch.arange(length).expand(3, -1).contiguous(), length
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         known = {name: torch.as_tensor(processed[name]) for name in names if name in processed}
-        positions, _ = Unbound(self.config).get_rope_index(
-            ids, mm_token_type_ids=kinds[None].to(torch.int32), **known
-        )
-        return positions[:, 0].contiguous(), int(positions.max()) + 1
+        return rope_positions(self.config, ids, kinds, known)
+
+
+def rope_positions(
+    config: PretrainedConfig,
+    ids: torch.Tensor,
+    kinds: torch.Tensor,
+    known: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, int]:
+    """Positions int64 [3, tokens] of ``ids`` [1, tokens] by the model's own rule, and the next one.
+
+    ``kinds``: the modality of each token; ``known``: the sizes of images and videos, as the rule
+    names them. Without an image or a video all axes count the tokens.
+    """
+    if not bool(kinds.any()):
+        length = int(ids.shape[-1])
+        return torch.arange(length).expand(3, -1).contiguous(), length
+    types = kinds[None].to(torch.int32)
+    positions, _ = Unbound(config).get_rope_index(ids, mm_token_type_ids=types, **known)
+    return positions[:, 0].contiguous(), int(positions.max()) + 1
 
 
 class Unbound:

@@ -18,7 +18,7 @@ from mqc.capture.adapters.base import (
     VisionInput,
     base_model,
 )
-from mqc.capture.adapters.grid import Unbound
+from mqc.capture.adapters.grid import rope_positions
 from mqc.capture.adapters.registry import register
 from mqc.capture.segments import use_segment_attention
 from mqc.errors import CaptureError
@@ -142,18 +142,12 @@ class CanvasAdapter(MergingGridAdapter):
     ) -> tuple[torch.Tensor, int]:
         ids = torch.as_tensor(input_ids).reshape(1, -1)
         kinds = self.modalities(ids[0])
-        if not bool(kinds.any()):
-            length = int(ids.shape[-1])
-            return torch.arange(length).expand(3, -1).contiguous(), length
         known = {
             name: torch.as_tensor(processed[name]).reshape(-1, 2)
             for name in ("target_sizes", "target_sizes_videos")
             if name in processed
         }
-        positions, _ = Unbound(self.config).get_rope_index(
-            ids, mm_token_type_ids=kinds[None].to(torch.int32), **known
-        )
-        return positions[:, 0].contiguous(), int(positions.max()) + 1
+        return rope_positions(self.config, ids, kinds, known)
 
 
 def _window_order(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
