@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from shared import locked
 
 from mqc.cuda.library import Library
 
@@ -37,8 +38,13 @@ def compile_emulated() -> Path:
     for path in [*sources, *headers]:
         digest.update(path.read_bytes())
     out = Path(tempfile.gettempdir()) / f"mqc-emulated-{os.getuid()}-{digest.hexdigest()[:16]}.so"
-    if out.is_file():
-        return out
+    with locked(out.with_suffix(".lock")):  # compiled once, however many processes test
+        if not out.is_file():
+            _compile(compiler, sources, out)
+    return out
+
+
+def _compile(compiler: str, sources: list[Path], out: Path) -> None:
     include = [f"-I{CUDA / 'include'}", f"-I{CUDA / 'csrc'}", f"-I{EMULATOR}"]
     with tempfile.TemporaryDirectory() as folder:
 
@@ -66,7 +72,6 @@ def compile_emulated() -> Path:
         subprocess.run(link, check=True)
         shutil.copy(linked, f"{out}.{os.getpid()}")
         Path(f"{out}.{os.getpid()}").replace(out)
-    return out
 
 
 class Emulated(Library):

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from programs import captured
 from torch import fx
 
 from mqc.backends.onnx.builder import evaluate_size
-from mqc.capture import capture
 from mqc.ir import Component, ParamStore, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, get_param, replace, tensor_type
 from mqc.numerics.packing import pack_int4
 from mqc.passes.canonicalize import Canonicalize
-from mqc.testing.families import build_family
 from mqc.transform import PassContext
 
 aten, ops = torch.ops.aten, torch.ops.mqc
@@ -29,8 +28,7 @@ LENGTHS = [(5, 7), (1, 12), (9, 0), (1, 0)]
 @cache
 def float_program(family: str) -> Program:
     """A canonical float program of a family's tiny random model; do not change it."""
-    program = capture(build_family(family)[0])
-    return Canonicalize().run(program, PassContext()).program
+    return Canonicalize().run(captured(family).copy(), PassContext()).program
 
 
 def inputs_of(component: Component, seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:

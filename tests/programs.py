@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from shared import shared_program
 from torch import fx
 
 from mqc.capture import capture
@@ -22,9 +23,12 @@ NAMES = BASIC
 
 @cache
 def captured(name: str, dtype: torch.dtype = torch.float32) -> Program:
-    """A random model of family ``name``, as captured."""
-    model, _ = build_family(name, dtype)
-    return capture(model, dtype=dtype)
+    """A random model of family ``name``, as captured; do not change it."""
+    kind = str(dtype).removeprefix("torch.")
+    return shared_program(
+        f"{name}-{kind}".replace(":", "_"),
+        lambda: capture(build_family(name, dtype)[0], dtype=dtype),
+    )
 
 
 @cache

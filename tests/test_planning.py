@@ -22,6 +22,7 @@ FOLDS = {  # streams' widths, value heads of both components, online transforms 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDS)
 def test_real_shapes_are_planned_in_a_minute_and_two_gigabytes(name: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"

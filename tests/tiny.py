@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from shared import shared_program
 from transformers import AutoModelForImageTextToText
 
 from mqc.capture import adapter_for, capture, load_processor
@@ -21,7 +22,7 @@ Messages = list[dict[str, Any]]
 
 @cache
 def program(name: str) -> Program:
-    return capture(embedded_model_path(name))
+    return shared_program(name, lambda: capture(embedded_model_path(name)))
 
 
 @cache

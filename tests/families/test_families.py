@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from programs import captured
 
 from mqc.testing.families import FAMILIES
 from mqc.testing.families.chats import CHATS
@@ -27,7 +28,7 @@ def test_family(name: str) -> None:
     The float check is exact arithmetic in float64 (1e-10); transformers computes some positions
     in float32, hence the bound on the capture.
     """
-    row = measure(name)
+    row = measure(name, take=captured)
     assert row.captured, row.reason
     assert row.capture_error is not None and row.capture_error <= 1e-6
     assert row.float_error is not None and row.float_error <= 1e-10
