@@ -1,6 +1,7 @@
 // See emulator.h. References are to the PTX manual's sections on the instruction named.
 #include "mqc/gpu.cuh"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -35,8 +36,9 @@ struct Warp {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on
+  bool begun = false;
   int index = 0;
   bool done = false;
   std::function<bool()> ready;  // empty: may run
@@ -70,7 +72,7 @@ struct Block {
 Grid grid_size;
 Block* block = nullptr;
 Fiber* current = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* body = nullptr;
 alignas(1024) uint8_t shared[256 * 1024];
 size_t shared_limit = 0;
@@ -92,10 +94,22 @@ bool act_now() { return asynchrony == 0 || (asynchrony == 2 && random_number() %
   abort();
 }
 
+// Between fiber and scheduler. swapcontext would ask the system for the signal mask each time.
+void leave(Fiber& fiber) {
+  if (!_setjmp(fiber.place)) _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+
 void wait_until(std::function<bool()> ready) {
   if (ready()) return;
   current->ready = std::move(ready);
-  swapcontext(&current->context, &scheduler);
+  leave(*current);
 }
 
 void enter() {
@@ -109,7 +123,7 @@ void enter() {
   --warp.size;
   --block->alive;
   if (block->all.arrived) fail("a thread exits while its block waits in a barrier");
-  swapcontext(&self->context, &scheduler);
+  leave(*self);
 }
 
 uint8_t* at(uint32_t address, size_t bytes) {
@@ -201,7 +215,7 @@ void run_block() {
         fiber.ready = nullptr;
       }
       current = &fiber;
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
       current = nullptr;
       ran = true;
       if (fiber.done) live.erase(live.begin() + static_cast<ptrdiff_t>(slot));
@@ -240,8 +254,9 @@ void launch(Grid grid, int threads, size_t shared_bytes, const std::function<voi
   std::vector<int> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
-  std::vector<std::unique_ptr<char[]>> stacks(threads);
-  for (auto& stack : stacks) stack = std::make_unique<char[]>(kStackBytes);
+  // Kept from launch to launch: most of their pages are never touched, and the others only once.
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() < static_cast<size_t>(threads)) stacks.emplace_back(new char[kStackBytes]);
   for (const int number : order) {
     Block here{number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y), threads,
                {}, {}, {}, threads, {}, {}, {}};
