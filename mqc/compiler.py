@@ -18,7 +18,7 @@ from mqc.errors import TargetError, UsageError
 from mqc.host import ProgramEngine, Runnable, append_answer
 from mqc.host.cache import KV_CACHE
 from mqc.host.score import answer_ids
-from mqc.ir import NamedScratch, Program, Scratch, load_program, save_program
+from mqc.ir import Program, Scratch, load_program, save_program
 from mqc.models import EMBEDDED
 from mqc.partial import Partial, asked_key, data_key
 from mqc.pipeline import default_passes, make_passes
@@ -122,9 +122,9 @@ def compile(  # noqa: A001  (mqc.compile)
 ) -> CompileReport:
     """Compile a checkpoint into an artifact folder.
 
-    A long compile keeps what it has finished in the folder ``<out>.partial`` on the same disk: at
-    most one copy of the weights in float32, gone when the artifact stands. Where a compile was
-    killed or failed, the next one with the same arguments goes on there, and writes the same bytes.
+    A long compile keeps what it has finished in the folder ``<out>.partial``, at most one copy of
+    the weights in float32 and one in int8, until the artifact stands. Where a compile was killed or
+    failed, the next one with the same arguments goes on there, and writes the same bytes.
 
     Args:
         model: folder in the Hugging Face layout, hub id, or embedded model's name.
@@ -172,7 +172,7 @@ def compile(  # noqa: A001  (mqc.compile)
             trust_remote_code=trust_remote_code,
             progress=report.step,
         )
-        program.params.scratch = NamedScratch(partial.folder)
+        program.params.scratch = partial.scratch
         key = {**asked, **data_key(program, folder, data)}
         partial.require(key)
         checkpoints = Checkpoints(partial.folder, program, partial.keep_key(key), report.note)

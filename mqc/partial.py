@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from mqc.artifact import folder_size, format_size, sha256
 from mqc.calib.dataset import Dataset
 from mqc.capture import processor_files
 from mqc.errors import ArtifactError, UsageError
-from mqc.ir import Program
+from mqc.ir import NamedScratch, Program
 from mqc.ir.serialize import program_to_json
 from mqc.spec import Scheme
 from mqc.transform import Pass
@@ -35,6 +36,8 @@ from mqc.transform.checkpoint import CHECKPOINT
 KEY = "key.json"
 LIBRARIES = ("torch", "transformers", "pillow", "numpy")
 _SHOWN = 4
+_OWN = re.compile(r"(key\.json|checkpoint|parts-\d+-\d+)(\.tmp)?|tmp\w+\.scratch")
+"""Names of files that a compile makes in its folder."""
 
 
 class Partial:
@@ -42,7 +45,7 @@ class Partial:
 
     It is removed where the body succeeds, and where it fails without having kept anything; else the
     error gets a note that says how to go on. Raises :class:`ArtifactError` where another process
-    compiles into ``out``, or the folder cannot be made.
+    compiles into ``out``, and where the folder cannot be made or holds anything else.
     """
 
     def __init__(self, out: Path, *, fresh: bool = False) -> None:
@@ -50,12 +53,14 @@ class Partial:
         self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.fresh = fresh
+        self.scratch = NamedScratch(self.folder)
         self._lock: int | None = None
         self._own = False  # whether what is kept is known to be of this compile
 
     def __enter__(self) -> Self:
         try:
             self._lock = self._locked()
+            self._refuse_foreign()
             if self.fresh or not self._holds_work():
                 self._clear()
         except BlockingIOError as error:
@@ -63,6 +68,9 @@ class Partial:
                 f"another compile is writing {self.out} just now",
                 hint="wait for it, or choose another --out",
             ) from error
+        except ArtifactError:
+            self._release()
+            raise
         except OSError as error:
             self._release()
             raise ArtifactError(
@@ -80,7 +88,10 @@ class Partial:
         try:
             if error is None or not self._holds_work():
                 shutil.rmtree(self.folder, ignore_errors=True)
-            elif self._own:
+                return
+            self.scratch.leave()
+            if self._own:
+                assert error is not None
                 error.add_note(
                     f"what was finished is kept in {self.folder}, "
                     f"{format_size(folder_size(self.folder))}; the same command goes on there"
@@ -143,6 +154,15 @@ class Partial:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        foreign = sorted(p.name for p in self.folder.iterdir() if not _OWN.fullmatch(p.name))
+        if foreign:
+            raise ArtifactError(
+                f"{self.folder} would be the working folder, and holds {foreign[0]!r}, which mqc "
+                "did not make",
+                hint="move it away, or choose another --out",
+            )
 
     def _holds_work(self) -> bool:
         return any(self.folder.glob("parts-*")) or (self.folder / CHECKPOINT).is_file()

@@ -78,6 +78,7 @@ class NamedScratch(Scratch):
         """Called where the disk is full: whether so many bytes were freed."""
         self._living: set[str] = set()
         self._pinned: set[str] = set()
+        self._swept = False
         self._process = os.getpid()
 
     def file_of(self, tensor: torch.Tensor) -> str | None:
@@ -104,12 +105,22 @@ class NamedScratch(Scratch):
         """Bytes of pinned files that no tensor uses."""
         return sum(_size(self.folder / name) for name in self._pinned - self._living)
 
-    def sweep(self, *, used: bool = False) -> None:
-        """Remove the files that are not pinned; with ``used``, even of living tensors, which
-        stay as they are without a name."""
-        kept = self._pinned if used else self._pinned | self._living
+    def sweep(self) -> None:
+        """Remove what killed processes left: files that are neither pinned nor of a tensor here."""
+        self._swept = True
+        self._remove_all_but(self._pinned | self._living)
+
+    def leave(self) -> None:
+        """Leave the pinned files behind. Living tensors stay as they are, without a name.
+
+        Before :meth:`sweep` nobody has said which files are needed: then all stay.
+        """
+        if self._swept:
+            self._remove_all_but(self._pinned)
+
+    def _remove_all_but(self, names: Collection[str]) -> None:
         for path in self.folder.glob(f"*{SUFFIX}"):
-            if path.name not in kept:
+            if path.name not in names:
                 self._unlink(path.name)
 
     def _allocate(self, handle: int, size: int) -> None:

@@ -116,10 +116,10 @@ class Checkpoints:
     def kept(self, names: Sequence[str], state: State | None) -> str | None:
         """Where the passes ``names`` go on, in words; None if from the start."""
         done = 0 if state is None else len(state.records)
-        counts = [f"{len(self.parts[i])} layers of {names[i]}" for i in sorted(self.parts)]
+        counts = [f"with {len(self.parts[i])} layers of {names[i]}" for i in sorted(self.parts)]
         if done:
             counts.insert(0, f"after {names[done - 1]} ({done} of {len(names)} passes)")
-        return ", with ".join(counts) or None
+        return ", ".join(counts) or None
 
     def failed(self, what: str, error: Exception) -> None:
         """Tell, once, that something could not be kept."""
