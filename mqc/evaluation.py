@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import tee
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mqc.calib.dataset import Dataset, Row, load_dataset, refuse_overlap
 from mqc.errors import UsageError
-from mqc.host import AnswerScore, EvalItem, EvalReport, Runnable, score
-from mqc.host import evaluate as evaluate_engine
-from mqc.host.score import wilson
+from mqc.host import EvalItem, EvalReport, Runnable
+from mqc.host.score import RowResult, baseline_summary, compare, summary
 from mqc.loading import open_model
 from mqc.models import EMBEDDED
 from mqc.progress import Reporter, Silent
@@ -47,6 +47,7 @@ def evaluate(
     batch_size: int = 16,
     runtime: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    out: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Accuracy on rows with answers; with ``against``, KL divergence from that model too.
@@ -60,11 +61,13 @@ def evaluate(
         batch_size: rows a model call holds.
         runtime: options of the artifact's target, as :func:`mqc.load` takes them.
         trust_remote_code: for a checkpoint, as in transformers.
+        out: a JSONL file for the result of every row, written batch by batch. Where it has results
+            of the same evaluation, these rows are not scored again.
         reporter: told how far the evaluation is.
 
     Raises:
         CalibrationError: rows that calibration used are among the data.
-        UsageError: there is no data, or a row without an answer.
+        UsageError: there is no data, a row without an answer, or ``out`` has other results.
     """
     report = reporter or Silent()
     runnable = open_model(artifact, trust_remote_code=trust_remote_code, **(runtime or {}))
@@ -82,25 +85,93 @@ def evaluate(
             f"{rows[missing].where or f'row {missing}'} has no answer to score",
             hint='give rows as {"messages": [...], "answer": "..."}',
         )
-    items: Iterator[EvalItem] = (_item(runnable, row) for row in rows)
-    done = 0
+    results: list[RowResult] = []
+    store = None
+    if out is not None:
+        identity = {
+            "model": _identity(runnable, artifact),
+            "against": None if other is None else _identity(other, against),
+            "rows": [[row.sha256, row.answer] for row in rows],
+            "batch_size": batch_size,
+            "runtime": dict(runtime or {}),
+        }
+        store = Results(Path(out), identity)
+        results += store.read(batch_size, len(rows))
+        if results:
+            report.note(f"continues after {len(results)} of {len(rows)} rows in {out}")
+    # Both models go through the rows side by side: one batch is in memory, not all rows.
+    items = (_item(runnable, row) for row in rows[len(results) :])
+    engine = None if other is None else other.engine
+    for group in compare(runnable.engine, items, baseline=engine, batch_size=batch_size):
+        results += group
+        if store is not None:
+            store.add(group)
+        report.step("scoring", len(results), len(rows))
+    return Evaluation(len(rows), rows.source, summary(results), baseline_summary(results))
 
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        report.step("scoring", done, len(rows))
 
-    baseline = None
-    if other is not None:
-        # Both models go through the rows side by side: one batch is in memory, not all rows.
-        items, scored, counted = tee(items, 3)
-        baseline = _Counted(score(other.engine, scored, batch_size=batch_size), counted)
-    compiled = evaluate_engine(
-        runnable.engine, items, baseline=baseline, batch_size=batch_size, progress=progress
-    )
-    return Evaluation(
-        len(rows), rows.source, compiled, baseline.report() if baseline is not None else None
-    )
+class Results:
+    """A JSONL file: what is evaluated, as a hash, then the result of each row when it is known."""
+
+    def __init__(self, path: Path, identity: Any) -> None:
+        self.path = path
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.head = json.dumps({"evaluation": hashlib.sha256(text.encode()).hexdigest()})
+
+    def read(self, batch_size: int, rows: int) -> list[RowResult]:
+        """What an earlier call wrote, in whole batches of ``rows`` rows; the rest is cut off.
+
+        Raises :class:`UsageError` for a file of anything else.
+        """
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            if self.head.startswith(text):  # nothing, or a head that a kill has cut
+                text = f"{self.head}\n"
+            lines = text.split("\n")[:-1]  # behind the last line feed is a line that a kill has cut
+            results = [RowResult(**json.loads(line)) for line in lines[1:]]
+            if not lines or "evaluation" not in json.loads(lines[0]):
+                raise ValueError
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{self.path} is not a file that mqc eval wrote", hint="choose another --out"
+            ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+        if lines[0] != self.head:
+            raise UsageError(
+                f"{self.path} has the results of another evaluation",
+                hint="remove it, or choose another --out",
+            )
+        if len(results) < rows:
+            del results[len(results) // batch_size * batch_size :]
+        self._write("w", [self.head, *map(_line, results)])
+        return results
+
+    def add(self, results: Sequence[RowResult]) -> None:
+        """Append the results of a batch."""
+        self._write("a", list(map(_line, results)))
+
+    def _write(self, mode: str, lines: Sequence[str]) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"results cannot be kept in {self.path}: {error.strerror or error}",
+            hint="choose another --out",
+        )
+
+
+def _line(result: RowResult) -> str:
+    return json.dumps(asdict(result))
+
+
+def _identity(model: Runnable, source: Any) -> Any:
+    """What a model is, as JSON data: an artifact's own description, hashes of files included."""
+    return model.manifest or {"name": str(source), "facts": dict(model.engine.facts)}
 
 
 def _item(runnable: Runnable, row: Row) -> EvalItem:
@@ -118,27 +189,6 @@ def _same_prompts(one: Runnable, other: Runnable, name: str) -> None:
                 "models have no divergence",
                 hint="compare with the model that the artifact was compiled from",
             )
-
-
-class _Counted:
-    """A baseline's scores on their way to the comparison, summed up as they pass."""
-
-    def __init__(self, scores: Iterator[AnswerScore], items: Iterable[EvalItem]) -> None:
-        self._scores = zip(items, scores, strict=True)
-        self._n = self._correct = self._tokens = 0
-        self._nats = 0.0
-
-    def __iter__(self) -> Iterator[AnswerScore]:
-        for item, one in self._scores:
-            self._n += 1
-            self._correct += one.correct
-            self._tokens += len(item.answer_ids)
-            self._nats -= one.answer_log_prob
-            yield one
-
-    def report(self) -> EvalReport:
-        low, high = wilson(self._correct, self._n)
-        return EvalReport(self._n, self._correct, low, high, self._nats / self._tokens)
 
 
 def _evaluation_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,10 @@ def eval_command(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Rows, at most.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a model call holds.")] = 16,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write each row's result to this JSONL file, and go on there if killed."),
+    ] = None,
     runtime: common.Runtime = None,
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
@@ -42,6 +47,7 @@ def eval_command(
             batch_size=batch_size,
             runtime=common.key_values(runtime or []),
             trust_remote_code=trust_remote_code,
+            out=out,
             reporter=reporter,
         )
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -142,6 +142,20 @@ def _score_batch(
     return scores
 
 
+@dataclass(frozen=True)
+class RowResult:
+    """What an evaluation sums up of one item; ``baseline_*``, ``kl`` (sum over the answer's tokens,
+    in nats) and ``agreed`` (tokens) are None without a baseline."""
+
+    tokens: int
+    correct: bool
+    nats: float
+    baseline_correct: bool | None = None
+    baseline_nats: float | None = None
+    kl: float | None = None
+    agreed: int | None = None
+
+
 def evaluate(
     engine: Engine,
     items: Iterable[EvalItem],
@@ -157,7 +171,23 @@ def evaluate(
     same order (kept from an earlier :func:`score`). Raises :class:`UsageError` without items, or
     for a baseline of another length.
     """
-    tally = _Tally()
+    results: list[RowResult] = []
+    for group in compare(engine, items, baseline=baseline, batch_size=batch_size, chunk=chunk):
+        results += group
+        if progress is not None:
+            progress(len(group))
+    return summary(results)
+
+
+def compare(
+    engine: Engine,
+    items: Iterable[EvalItem],
+    *,
+    baseline: Engine | Iterable[AnswerScore] | None = None,
+    batch_size: int = 16,
+    chunk: int | None = None,
+) -> Iterator[list[RowResult]]:
+    """The results of :func:`evaluate`, batch by batch, each when it is found."""
     source = iter(items)
     known = None if baseline is None or _is_engine(baseline) else iter(baseline)  # type: ignore[arg-type]
     while group := list(islice(source, batch_size)):
@@ -169,45 +199,53 @@ def evaluate(
             reference = list(score(baseline, group, batch_size=batch_size, chunk=chunk))  # type: ignore[arg-type]
         if len(reference) != len(group):
             raise UsageError("the baseline has fewer scores than there are items")
-        for item, one, other in zip(group, scores, reference, strict=True):
-            tally.add(item, one, other)
-        if progress is not None:
-            progress(len(group))
-    return tally.report()
+        yield [_result(*row) for row in zip(group, scores, reference, strict=True)]
 
 
-class _Tally:
-    """Running sums of an evaluation."""
+def _result(item: EvalItem, one: AnswerScore, other: AnswerScore | None) -> RowResult:
+    tokens = len(item.answer_ids)
+    if other is None:
+        return RowResult(tokens, one.correct, -one.answer_log_prob)
+    same = other.log_probs.argmax(dim=-1) == one.log_probs.argmax(dim=-1)
+    return RowResult(
+        tokens,
+        one.correct,
+        -one.answer_log_prob,
+        other.correct,
+        -other.answer_log_prob,
+        float(kl_divergence(other.log_probs, one.log_probs).sum()),
+        int(same.sum()),
+    )
 
-    def __init__(self) -> None:
-        self.n = self.correct = self.tokens = self.compared = self.agreed = 0
-        self.nats = self.kl = 0.0
 
-    def add(self, item: EvalItem, one: AnswerScore, other: AnswerScore | None) -> None:
-        self.n += 1
-        self.correct += one.correct
-        self.tokens += len(item.answer_ids)
-        self.nats -= one.answer_log_prob
-        if other is not None:
-            self.compared += len(item.answer_ids)
-            self.kl += float(kl_divergence(other.log_probs, one.log_probs).sum())
-            same = other.log_probs.argmax(dim=-1) == one.log_probs.argmax(dim=-1)
-            self.agreed += int(same.sum())
+def summary(results: Sequence[RowResult]) -> EvalReport:
+    """The report of an engine. Raises :class:`UsageError` without results."""
+    divergences = [row.kl for row in results if row.kl is not None]
+    report = _report([row.correct for row in results], [row.nats for row in results], results)
+    if not divergences:
+        return report
+    compared = sum(row.tokens for row in results)
+    agreed = sum(row.agreed or 0 for row in results)
+    return replace(report, kl=sum(divergences) / compared, agreement=agreed / compared)
 
-    def report(self) -> EvalReport:
-        if self.n == 0:
-            raise UsageError("there is nothing to evaluate", hint="give rows with answers")
-        low, high = wilson(self.correct, self.n)
-        compared = self.compared
-        return EvalReport(
-            self.n,
-            self.correct,
-            low,
-            high,
-            self.nats / self.tokens,
-            self.kl / compared if compared else None,
-            self.agreed / compared if compared else None,
-        )
+
+def baseline_summary(results: Sequence[RowResult]) -> EvalReport | None:
+    """The report of the baseline, or None where there was none."""
+    if not results or results[0].baseline_nats is None:
+        return None
+    correct = [bool(row.baseline_correct) for row in results]
+    return _report(correct, [row.baseline_nats or 0.0 for row in results], results)
+
+
+def _report(
+    correct: Sequence[bool], nats: Sequence[float], results: Sequence[RowResult]
+) -> EvalReport:
+    if not results:
+        raise UsageError("there is nothing to evaluate", hint="give rows with answers")
+    tokens = sum(row.tokens for row in results)
+    return EvalReport(
+        len(results), sum(correct), *wilson(sum(correct), len(results)), sum(nats) / tokens
+    )
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
