@@ -56,6 +56,9 @@ class Canonicalize(Pass):
     every RMSNorm is one ``aten.rms_norm``; values that depend on parameters alone are parameters;
     a convolution whose windows tile its input is a ``linear`` over patches, and so is a product
     with a parameter.
+
+    Copies, views and casts are taken out whatever the limit of a bisection, for they are not legal
+    in the dialect; the rewrites behind them count.
     """
 
     name = "canonicalize"
@@ -66,13 +69,13 @@ class Canonicalize(Pass):
         result = PassResult(program)
         for component in program:
             for node in list(component.graph.nodes):
-                if _is_copy(node) and ctx.take():
+                if _is_copy(node):
                     replace(node, node.args[0])
                     result.counts["copies"] += 1
-                elif node.target in _RESHAPES and ctx.take():
+                elif node.target in _RESHAPES:
                     _to_reshape(node)
                     result.counts["views"] += 1
-                elif node.target in _CASTS and _is_float_cast(node) and ctx.take():
+                elif node.target in _CASTS and _is_float_cast(node):
                     replace(node, node.args[0])
                     result.counts["casts"] += 1
             for node in list(component.graph.nodes):

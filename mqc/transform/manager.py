@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mqc.errors import PassPostconditionError, VerificationError
+from mqc.errors import PassPostconditionError, PassPreconditionError, VerificationError
 from mqc.ir import Program, format_program, verify
 from mqc.transform.base import Journal, Pass, PassContext, PassResult, Skip, check_order
 from mqc.transform.equivalence import end_to_end_error
@@ -103,7 +103,15 @@ class PassManager:
 
     def _run_one(self, item: Pass, current: Program, ctx: PassContext) -> Program:
         start = time.perf_counter()
-        item.requires(current)
+        try:
+            item.requires(current)
+        except PassPreconditionError:
+            if ctx.limit is None or ctx.taken < ctx.limit:
+                raise
+            # A bisected pipeline stopped before what this pass builds on: it has nothing to do.
+            left = [Skip("program", "left out: the limit of rewrites was reached before")]
+            self.records.append(PassRecord(item.name, {}, left, [], 0.0, None))
+            return current
         error_size = self._verify(item, current, ctx)
         result = item.run(current.copy(), ctx)
         if not isinstance(result, PassResult):

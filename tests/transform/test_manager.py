@@ -109,6 +109,21 @@ def test_limit_counts_rewrites_over_all_passes() -> None:
     assert [dict(r.counts) for r in manager.records] == [{"scaled": 1}, {}]
 
 
+def test_a_pass_that_builds_on_what_the_limit_left_undone_is_left_out() -> None:
+    class Builds(Later):
+        """Needs what no pass made."""
+
+        def requires(self, program: Program) -> None:
+            raise PassPreconditionError("nothing to build on")
+
+    manager = PassManager([Scale(2.0), Builds(3.0)])
+    result = manager.run(tiny_program(), PassContext(limit=1))
+    assert "limit" in manager.records[1].skips[0].reason and len(result.history) == 1
+    for limit in (None, 2):
+        with pytest.raises(PassPreconditionError, match="nothing to build on"):
+            PassManager([Scale(2.0), Builds(3.0)]).run(tiny_program(), PassContext(limit=limit))
+
+
 def test_history_dumps_and_skips() -> None:
     dumps: dict[str, str] = {}
     manager = PassManager([Scale(2.0), Later(1.0)], dump_after=["scale"], dump=dumps.__setitem__)
