@@ -53,9 +53,12 @@ template <class... P, class... A>
 int launch(const char* name, void (*kernel)(P...), Grid grid, int threads, int64_t shared, void* stream,
            const A&... arguments) {
   if (shared > 48 * 1024) {
+    // As much as a block may have: other launches of the kernel, recorded ones too, may need more.
+    Device device;
+    if (const int status = current_device(device)) return status;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared));
+                                                   device.shared_bytes);
     if (error != cudaSuccess) return check_launch(name, error);
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));

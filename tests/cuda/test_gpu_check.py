@@ -44,6 +44,21 @@ def test_sweep_passes_right_kernels(emulated: Any) -> None:
         assert not [r for r in recorder.results if r["wrong"]]
 
 
+def test_sweep_of_float_rows(emulated: Any) -> None:
+    """Weights alone are quantized: both widths, with and without groups, every kernel for them."""
+    emulated.configure(seed=1)
+    recorder = common.Recorder(None, math.inf)
+    how = {"architecture": 90, "wgmma": False, "shapes": ((72, 256),), "rows": (5,)}
+    sweep.run(emulated, recorder, generator(), weights=sweep.FLOATS, **how)
+    assert {r["kernel"] for r in recorder.results} >= {"AUTO", "MMA_8", "MMA_16", "MMA_64"}
+    assert {r["case"].split()[5] for r in recorder.results} >= {"w4a16", "w8a16", "w4g32a16"}
+    assert not [r for r in recorder.results if r["wrong"]]
+    case = linear_case.LinearCase(5, 64, 128, linear_case.Options(floats=True), generator())
+    want = case.expected()
+    want[3, 7] *= 1.1
+    assert case.mismatches(emulated, LinearKernel.MMA_8, 1, want, repeats=2) == 2
+
+
 def test_sweep_finds_wrong_values(emulated: Any) -> None:
     emulated.configure(seed=2)
     case = linear_case.LinearCase(5, 64, 128, linear_case.Options(bias=True), generator())
