@@ -36,7 +36,7 @@ KERNEL_FLAGS = [
 INTERPRETER_FLAGS = (
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -frounding-math".split()
 )
-TILE_BYTES = {1: 4096, 2: 8192, 3: 4096 + 1024, 4: 4096 + 512, 5: 4096 + 256}
+TILE_BYTES = {1: 4096, 2: 8192, 3: 5120, 4: 4608, 5: 4352, 6: 9216, 7: 8448}  # by layout
 
 
 def _compiler() -> Path:
@@ -160,7 +160,7 @@ def _sizes(name: str, a: Any) -> dict[str, int]:
     if name == "linear":
         tiles = -(-a.n // 64) * -(-a.k // 128)
         return {
-            "x": rows * a.x_stride,
+            "x": rows * a.x_stride * item[a.x_dtype or DType.I8],
             "w": tiles * TILE_BYTES[a.layout],
             "w_scale": a.n * 4,
             "x_scale": scale,

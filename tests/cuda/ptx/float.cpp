@@ -35,15 +35,14 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>(kept + up);
 }
 
-uint16_t to_half(float value) {
-  const uint32_t bits = float_bits(value);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+uint16_t to_half(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (std::isnan(value)) return 0x7FFF;
-  const double magnitude = std::fabs(static_cast<double>(value));
+  const double magnitude = std::fabs(value);
   if (magnitude == 0.0) return sign;
   if (magnitude >= 65520.0) return sign | 0x7C00;
   int exponent = 0;
-  std::frexp(magnitude, &exponent);                            // magnitude = m 2^exponent, m in [0.5, 1)
+  std::frexp(magnitude, &exponent);                          // magnitude = m 2^exponent, m in [0.5, 1)
   const int unit = exponent - 11 < -24 ? -24 : exponent - 11;  // log2 of the last place
   const double steps = std::nearbyint(std::ldexp(magnitude, -unit));
   if (unit == -24) return static_cast<uint16_t>(sign | static_cast<uint32_t>(steps));  // subnormal, or just not
@@ -57,6 +56,37 @@ float from_half(uint16_t half) {
   if (exponent == 31) return mantissa ? as_float(kNaN) : sign * INFINITY;
   if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
   return sign * std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+}
+
+// a b + c, to odd: what is rounded once more to a format of half as many bits is then rounded as if once.
+double fma_to_odd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b;  // exact
+  const double sum = product + c;
+  if (!std::isfinite(sum)) return sum;
+  const double back = sum - product, error = (product - (sum - back)) + (c - back);
+  if (error == 0.0 || to_bits(sum) & 1) return sum;
+  return std::nextafter(sum, error > 0.0 ? INFINITY : -INFINITY);
+}
+
+// A double, odd in its last place where it is not exact, as bf16: float32 to odd first.
+uint16_t odd_to_bf16(double value) {
+  float narrow = static_cast<float>(value);
+  if (std::isfinite(narrow) && narrow != value && !(float_bits(narrow) & 1))
+    narrow = std::nextafter(narrow, value > narrow ? INFINITY : -INFINITY);
+  return to_bf16(narrow);
+}
+
+template <bool kBf16> uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto part = [shift](uint32_t word) {
+      const auto bits = static_cast<uint16_t>(word >> shift);
+      return kBf16 ? as_float(uint32_t{bits} << 16) : from_half(bits);
+    };
+    const double exact = fma_to_odd(part(a), part(b), part(c));
+    result |= uint32_t{kBf16 ? odd_to_bf16(exact) : to_half(exact)} << shift;
+  }
+  return result;
 }
 
 int32_t to_integer(float value) {  // towards zero; NaN gives 0, what is too large the nearest
@@ -122,6 +152,10 @@ void add_float(Table& t) {
   t["mul.f32"] = t["mul.rn.f32"];
   t["fma.rn.f32"] = {"f:fff", ternary<float>([](float a, float b, float c) { return canonical(std::fma(a, b, c)); })};
   t["fma.rm.f32"] = {"f:fff", ternary<float>([](float a, float b, float c) { return canonical(fma_down(a, b, c)); })};
+  t["fma.rn.f16x2"] = {
+      "w:www", ternary<uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return fma_pair<false>(a, b, c); })};
+  t["fma.rn.bf16x2"] = {
+      "w:www", ternary<uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return fma_pair<true>(a, b, c); })};
   t["div.rn.f32"] = {"f:ff", binary<float>([](float a, float b) { return canonical(a / b); })};
   t["rcp.rn.f32"] = {"f:f", unary<float>([](float a) { return canonical(1.0f / a); })};
   t["sqrt.rn.f32"] = {"f:f", unary<float>([](float a) { return canonical(std::sqrt(a)); })};

@@ -315,6 +315,7 @@ void add_memory(Table& t) {
 
   t["ld.shared.f32"] = {"f:a", load<uint32_t, Where::shared>};
   t["ld.shared.u32"] = {"w:a", load<uint32_t, Where::shared>};
+  t["ld.shared.v2.u32"] = {"{ww}:a", load<uint32_t, Where::shared>};
   t["ld.shared.v2.f32"] = {"{ff}:a", load<uint32_t, Where::shared>};
   t["ld.shared.v4.f32"] = {"{ffff}:a", load<uint32_t, Where::shared>};
   t["ld.shared.v4.u32"] = {"{wwww}:a", load<uint32_t, Where::shared>};

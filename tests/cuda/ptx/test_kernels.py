@@ -13,7 +13,7 @@ import pytest
 import torch
 from ptx_interpreter import Interpreted, borrowed, emit_ptx
 
-for _name in ("test_linear", "test_rows", "test_cache", "test_gather"):
+for _name in ("test_linear", "test_linear_half", "test_rows", "test_cache", "test_gather"):
     for _test, _function in vars(borrowed(_name)).items():
         if _test.startswith("test_") and _test != "test_bad_arguments_are_refused":
             globals()[f"{_test}_{_name.removeprefix('test_')}"] = _function
