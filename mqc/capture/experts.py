@@ -5,7 +5,9 @@ number no graph can hold. It calls what is registered in its ``ExpertsInterface`
 function that applies every expert to every token, zero where the router did not choose it. So each
 expert's projections are linears of their own, with their own scales and their own calibration
 (rows that are zero do not count), and the graph needs nothing but what every other layer needs.
-The price is arithmetic: a layer computes all its experts for every token, not the chosen ones.
+The price is arithmetic: a layer computes all its experts for every token, not the chosen ones. Pass
+route-experts, with which the onnx target lowers for a CPU, takes it back; the cuda target and
+``--device cuda`` pay it, since recorded steps cannot depend on how many rows chose an expert.
 """
 
 from __future__ import annotations
