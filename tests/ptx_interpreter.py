@@ -268,10 +268,8 @@ class Interpreted(Library):
             raise KernelError(error.decode())
 
     def configure(self, seed: int, asynchrony: int = 2, arch: int = 90, sms: int = 4) -> None:
-        """Choose a schedule (0 early, 1 late, 2 random bulk copies; 3 runs no kernel) and a device.
-        The seed also says whether sums without ".rn" are fused with their products: ptxas may."""
-        fused = seed.bit_count() % 2
-        self.native.ptx_configure(ctypes.c_uint64(seed), asynchrony, arch, sms, fused)
+        """Choose a schedule (bulk copies: 0 early, 1 late, 2 random; 3 runs nothing), a device."""
+        self.native.ptx_configure(ctypes.c_uint64(seed), asynchrony, arch, sms)
 
     def launch(self, name: str, arguments: Arguments, stream: int = 0) -> None:
         try:

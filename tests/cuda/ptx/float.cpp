@@ -96,32 +96,6 @@ int32_t to_integer(float value) {  // towards zero; NaN gives 0, what is too lar
   return static_cast<int32_t>(value);
 }
 
-// A sum whose operand is a product that ptxas may fuse into it: both are right, and it is chosen by the launch.
-template <bool kMinus> void sum(Block& b, Warp& w, const Instruction& i, uint32_t active) {
-  const Lanes& x = w.lanes(i.operands[1]);
-  const Lanes& y = w.lanes(i.operands[2]);
-  Lanes result;
-  uint32_t ok = w.validity(i.operands[1]) & w.validity(i.operands[2]);
-  if (b.launch.contract && i.contract) {
-    const bool first = i.contract == 1;  // which of the two is the product; its factors follow in the operands
-    const Lanes& p = w.lanes(i.operands[3]);
-    const Lanes& q = w.lanes(i.operands[4]);
-    const Lanes& other = first ? y : x;
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      float factor = from_bits<float>(p[lane]), added = from_bits<float>(other[lane]);
-      if (kMinus && first) added = -added;
-      if (kMinus && !first) factor = -factor;
-      result[lane] = to_bits(canonical(std::fma(factor, from_bits<float>(q[lane]), added)));
-    }
-  } else {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      const float left = from_bits<float>(x[lane]), right = from_bits<float>(y[lane]);
-      result[lane] = to_bits(canonical(kMinus ? left - right : left + right));
-    }
-  }
-  store(w, i.operands[0].slot, result, active, ok);
-}
-
 void compare_all(Table& t) {
   const auto add = [&](const char* name, Handler run) { t["setp." + std::string(name) + ".f32"] = {"p:ff", run}; };
   const auto unordered = [](float a, float b) { return std::isnan(a) || std::isnan(b); };
@@ -147,8 +121,9 @@ void compare_all(Table& t) {
 void add_float(Table& t) {
   t["add.rn.f32"] = {"f:ff", binary<float>([](float a, float b) { return canonical(a + b); })};
   t["mul.rn.f32"] = {"f:ff", binary<float>([](float a, float b) { return canonical(a * b); })};
-  t["add.f32"] = {"f:ff", sum<false>};
-  t["sub.f32"] = {"f:ff", sum<true>};
+  // Without .rn ptxas may fuse a product into a sum; nvcc has done so where it can (a test looks).
+  t["add.f32"] = t["add.rn.f32"];
+  t["sub.f32"] = {"f:ff", binary<float>([](float a, float b) { return canonical(a - b); })};
   t["mul.f32"] = t["mul.rn.f32"];
   t["fma.rn.f32"] = {"f:fff", ternary<float>([](float a, float b, float c) { return canonical(std::fma(a, b, c)); })};
   t["fma.rm.f32"] = {"f:fff", ternary<float>([](float a, float b, float c) { return canonical(fma_down(a, b, c)); })};
@@ -183,39 +158,6 @@ void add_float(Table& t) {
   t["cvt.rn.f16.f32"] = {"h:f", convert<float, uint16_t>([](float a) { return to_half(a); })};
   t["cvt.f32.f16"] = {"f:h", convert<uint16_t, float>([](uint16_t a) { return from_half(a); })};
   compare_all(t);
-}
-
-// "add.f32" and "mul.f32" without .rn leave it to ptxas to round once or twice. Finds sums one of whose
-// operands is such a product of the same straight piece of code, whose factors are still what they were.
-void mark_contractions(Kernel& kernel) {
-  std::vector<bool> target(kernel.code.size() + 1, false);
-  for (const Instruction& i : kernel.code)
-    if (i.target >= 0) target[static_cast<size_t>(i.target)] = true;
-  std::unordered_map<int, size_t> product;  // by slot: where it was multiplied
-  std::unordered_map<int, size_t> changed;  // by slot: where it was written last
-  for (size_t at = 0; at < kernel.code.size(); ++at) {
-    Instruction& i = kernel.code[at];
-    if (target[at] || i.target >= 0) product.clear();
-    if (i.opcode == "add.f32" || i.opcode == "sub.f32") {
-      for (size_t which = 1; which <= 2 && !i.contract; ++which) {
-        const auto found = product.find(i.operands[which].slot);
-        if (i.operands[which].kind != Operand::reg || found == product.end()) continue;
-        const Instruction& mul = kernel.code[found->second];
-        bool same = true;
-        for (const int slot : mul.reads) same &= changed.count(slot) == 0 || changed[slot] <= found->second;
-        if (!same || mul.guard != i.guard) continue;
-        i.contract = static_cast<int>(which);
-        const Operand p = mul.operands[1], q = mul.operands[2];
-        i.operands.push_back(p);
-        i.operands.push_back(q);
-      }
-    }
-    for (const int slot : i.writes) {
-      product.erase(slot);
-      changed[slot] = at;
-    }
-    if (i.opcode == "mul.f32") product[i.operands[0].slot] = at;
-  }
 }
 
 }  // namespace ptx

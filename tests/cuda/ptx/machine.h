@@ -140,7 +140,6 @@ struct Launch {
   int64_t shared_bytes = 0;
   std::mt19937_64 random;
   int asynchrony = 2;  // 0 early, 1 late, 2 random
-  bool contract = false;
   int arch = 90;
 
   // Global memory that the caller named; empty: everything.

@@ -121,7 +121,6 @@ class Reader {
     }
     labels_.clear();
     label_names_.clear();
-    mark_contractions(*kernel_);
     const std::string name = kernel_->name;
     if (!module_.kernels.emplace(name, std::move(kernel_)).second) fail("two kernels " + name);
   }

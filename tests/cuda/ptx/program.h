@@ -50,7 +50,6 @@ struct Instruction {
   std::vector<Operand> operands;
   Handler run = nullptr;
   int target = -1;   // of a branch
-  int contract = 0;  // 1, 2: this sum's operand 1 or 2 is a product that ptxas may fuse (see mark_contractions)
   std::vector<int> reads, writes;  // slots
   uint64_t executed = 0;
 };
@@ -81,6 +80,5 @@ constexpr uint64_t kParameterBase = 0x10000;
 void parse(const std::string& path, Module& module);
 // Finds the handler of an opcode and checks the operands' widths.
 void decode(Instruction& instruction);
-void mark_contractions(Kernel& kernel);
 
 }  // namespace ptx

@@ -27,7 +27,6 @@ struct State {
   size_t device = 0;
   uint64_t seed = 1;
   int asynchrony = 2;
-  bool contract = false;
   std::vector<Launch::Extent> extents;
   std::map<uint64_t, size_t> allocations;
   std::string message;
@@ -76,7 +75,6 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   }
   l.random.seed(s.seed);
   l.asynchrony = s.asynchrony;
-  l.contract = s.contract;
   l.extents = s.extents;
   for (const auto& [address, bytes] : s.allocations) l.extents.push_back({address, address + bytes, true});
   try {
@@ -134,11 +132,10 @@ EXPORT const char* ptx_load(const char* path) {
 }
 // Forgets all PTX that was read.
 EXPORT void ptx_unload(void) { state().module.kernels.clear(); }
-EXPORT void ptx_configure(uint64_t seed, int asynchrony, int arch, int multiprocessors, int contract) {
+EXPORT void ptx_configure(uint64_t seed, int asynchrony, int arch, int multiprocessors) {
   State& s = state();
   s.seed = seed;
   s.asynchrony = asynchrony;
-  s.contract = contract != 0;
   for (s.device = 0; s.device < s.devices.size(); ++s.device)
     if (s.devices[s.device].arch == arch && s.devices[s.device].multiprocessors == multiprocessors) return;
   s.devices.push_back({arch, multiprocessors});

@@ -7,6 +7,7 @@ operands, registers of a wgmma in flight and the like: a right result alone does
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,27 @@ def test_convert(emulated: Interpreted) -> None:
     assert bool(half[0, 3].isnan()) and bool(back[0, 3].isnan())
     assert torch.equal(back[:, :width].nan_to_num(1.5), want.float().nan_to_num(1.5))
     assert bool((half[:, width:] == 7).all()) and bool((back[:, width:] == 7).all())
+
+
+def test_no_rounding_is_left_to_ptxas(ptx: Path) -> None:
+    """Of "add.f32" without .rn, ptxas may fuse an operand that is such a product: another result
+    than the interpreter's. nvcc has fused all that can be, so that none is left."""
+    sums = 0
+    for file in sorted(ptx.glob("*.ptx")):
+        products: set[str] = set()
+        for line in map(str.strip, file.read_text().splitlines()):
+            if line.startswith("$L") or re.match(r"(@\S+\s+)?bra", line):
+                products.clear()
+            added = re.match(r"(?:add|sub)\.f32\s+(%f\d+), (\S+), (\S+);", line)
+            if added is not None:
+                sums += 1
+                assert products.isdisjoint(added.groups()[1:]), f"{file.name}: {line}"
+            written = re.match(r"\S+\s+(%f\d+),", line)
+            if written is not None:
+                products.discard(written[1])
+            if written is not None and line.startswith("mul.f32"):
+                products.add(written[1])
+    assert sums > 100
 
 
 @pytest.mark.slow
