@@ -30,10 +30,12 @@ SAME_THING = {
     # registers of matrix instructions; sums are read where they are written
     **{f"d{i}": {f"d{i}", f"c{i}"} for i in range(64)},
     **{name: {name} for name in ("a0", "a1", "a2", "a3", "b0", "b1")},
-    "b": {"desc_b"},  # a descriptor
+    "b": {"desc_b", "b"},  # a descriptor; the factor of a product
     # values in registers
     **{f"word{i}": {f"word{i}"} for i in range(4)},
     "wide": {"val"},
+    "d": {"val"},
+    **{name: {name} for name in "ac"},
     "value.bits": {"__HALF_TO_CUS(a)"},
     "half.bits": {"__HALF_TO_US(val)", "__BFLOAT16_TO_US(val)"},
     "value": {"a"},
@@ -49,7 +51,7 @@ SAME_THING = {
     "y": {"tensorCoords1"},
     "16": {"SizeInBytes"},
     "valid?16:0": {"src_in_bytes"},
-    "bytes": {"transaction_bytes", "load_bytes"},
+    "bytes": {"transaction_bytes", "load_bytes", "src_in_bytes"},
     "arrivals": {"arrive_count"},
     "parity": {"phase"},
     "id": {"barrier_id"},
@@ -79,7 +81,8 @@ def canonical(leaf: Leaf) -> str:
     text = re.sub(r"\s+", "", leaf.bound)
     text = re.sub(r"^(__cvta_generic_to_global|__as_ptr_\w+|int32_t)\((.*)\)$", r"\2", text)
     text = re.sub(r"^__(?=[a-z])", "", text)
-    if match := re.fullmatch(r"(?:data|data\[0\]|dst_u128)(?:\.|->)([xyzw])", text):
+    text = re.sub(r"^__(?:BFLOAT162|HALF2)_TO_C?UI\((\w+)\)$", r"\1", text)
+    if match := re.fullmatch(r"(?:data|data\[0\]|dst_u128|dst_u64)(?:\.|->)([xyzw])", text):
         return f"word{'xyzw'.index(match[1])}"
     if match := re.fullmatch(r"(?:v\.word|r|dst)\[?(\d)\]?", text):
         return f"word{match[1]}"
@@ -150,6 +153,21 @@ def ours(vendor: Vendor, tmp_path_factory: pytest.TempPathFactory) -> list[Instr
     return instructions(text)
 
 
+def expanded(text: str) -> str:
+    """The text with the uses of its macro for functions of three pairs written out."""
+    name = "__TERNARY_OP_HALF2_MACRO"
+    macro = re.search(rf"#define {name}\(name\)(.*?)/\* while", text, re.DOTALL)
+    if macro is None:
+        return text
+    body = macro[1].replace("\\\n", "\n")
+    head, tail = text[: macro.start()], text[macro.end() :]
+
+    def write(use: re.Match[str]) -> str:
+        return body.replace("__CUDA_FP16_STRINGIFY(name)", f'"{use[1]}"')
+
+    return head + re.sub(rf"{name}\(([\w.]+)\)", write, tail)
+
+
 @pytest.fixture(scope="module")
 def theirs(vendor: Vendor) -> dict[str, list[tuple[str, Instruction]]]:
     """(file, instruction) of NVIDIA's headers by mnemonic, with the qualifiers in order."""
@@ -157,7 +175,7 @@ def theirs(vendor: Vendor) -> dict[str, list[tuple[str, Instruction]]]:
     files += [p for folder in vendor.cuda for name in TOOLKIT_FILES for p in folder.glob(name)]
     found = defaultdict(list)
     for path in files:
-        for each in instructions(path.read_text(encoding="utf-8")):
+        for each in instructions(expanded(path.read_text(encoding="utf-8"))):
             found[shape(each.mnemonic)].append((path.name, each))
     return found
 
@@ -181,7 +199,7 @@ def test_every_instruction_is_as_nvidia_writes_it(
 def test_where_the_counterparts_are(
     ours: list[Instruction], theirs: dict[str, list[tuple[str, Instruction]]]
 ) -> None:
-    """CUTLASS itself has all but four: those are in the toolkit alone."""
+    """CUTLASS itself has all but six: those are in the toolkit alone."""
     toolkit = set()
     cutlass = {Path(name).name for name in CUTLASS_FILES}
     for each in ours:
@@ -196,6 +214,8 @@ def test_where_the_counterparts_are(
         "cvt.f32.f16",
         "cvt.rn.f16.f32",
         "cvt.rn.bf16.f32",
+        "fma.rn.f16x2",
+        "fma.rn.bf16x2",
         # CUTLASS leaves out .tile, the default, and adds a cache hint.
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes",
     }
