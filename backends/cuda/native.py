@@ -102,35 +102,11 @@ class NativeKernels(NativeAttention):
         layout: int,
     ) -> None:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`."""
-        x, y = aligned_rows(xq), as_rows(out)
-        split = None if x_split is None else as_rows(x_split)
-        added = None if residual is None else as_rows(residual)
-        rows = self._rows_scale(xq, x_scale, modality)
-        kept = rows.pop("_keep", None)
-        arguments = LinearArgs(
-            layout=layout,
-            dtype=DTYPES[out.dtype],
-            split_columns=0 if split is None else split.shape[1],
-            rows=x.shape[0],
-            n=w_scale.shape[0],
-            k=xq.shape[-1],
-            x_stride=x.stride(0),
-            y_stride=y.stride(0),
-            residual_stride=0 if added is None else added.stride(0),
-            x_split_stride=0 if split is None else split.stride(0),
-            x=x.data_ptr(),
-            w=weight.data_ptr(),
-            w_scale=w_scale.data_ptr(),
-            x_scale=x_scale.data_ptr(),
-            bias=pointer(bias),
-            x_split=pointer(split),
-            w_split=pointer(w_split),
-            residual=pointer(added),
-            y=y.data_ptr(),
-            **rows,
-        )
-        self.workspace("linear", (layout, x.shape[0], w_scale.shape[0], xq.shape[-1]), arguments)
-        self.launch("linear", arguments)
+        scale = self._rows_scale(xq, x_scale, modality)
+        kept = scale.pop("_keep", None)
+        terms = (bias, x_split, w_split, residual)
+        scale["x_scale"] = x_scale.data_ptr()
+        self._linear(out, aligned_rows(xq), weight, w_scale, terms, layout, scale)
         del kept
 
     def linear_a16(
@@ -146,22 +122,38 @@ class NativeKernels(NativeAttention):
         layout: int,
     ) -> None:
         """See :class:`~mqc.backends.cuda.kernels.Kernels`; float32 rows become float16."""
-        rows, y = half_rows(x), as_rows(out)
+        terms = (bias, x_split, w_split, residual)
+        rows = half_rows(x)
+        kind = {"x_dtype": DTYPES[rows.dtype]}
+        self._linear(out, rows, weight, w_scale, terms, layout, kind)
+
+    def _linear(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        w_scale: Tensor,
+        terms: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        layout: int,
+        more: dict[str, Any],
+    ) -> None:
+        """Launch the linear of rows x [M, K]; terms: bias, x_split, w_split, residual."""
+        bias, x_split, w_split, residual = terms
+        y = as_rows(out)
         split = None if x_split is None else as_rows(x_split)
         added = None if residual is None else as_rows(residual)
         arguments = LinearArgs(
             layout=layout,
             dtype=DTYPES[out.dtype],
-            x_dtype=DTYPES[rows.dtype],
             split_columns=0 if split is None else split.shape[1],
-            rows=rows.shape[0],
+            rows=x.shape[0],
             n=w_scale.shape[0],
-            k=x.shape[-1],
-            x_stride=rows.stride(0),
+            k=x.shape[1],
+            x_stride=x.stride(0),
             y_stride=y.stride(0),
             residual_stride=0 if added is None else added.stride(0),
             x_split_stride=0 if split is None else split.stride(0),
-            x=rows.data_ptr(),
+            x=x.data_ptr(),
             w=weight.data_ptr(),
             w_scale=w_scale.data_ptr(),
             bias=pointer(bias),
@@ -169,8 +161,9 @@ class NativeKernels(NativeAttention):
             w_split=pointer(w_split),
             residual=pointer(added),
             y=y.data_ptr(),
+            **more,
         )
-        sizes = (layout, rows.dtype, rows.shape[0], w_scale.shape[0], x.shape[-1])
+        sizes = (layout, x.dtype, x.shape[0], w_scale.shape[0], x.shape[1])
         self.workspace("linear", sizes, arguments)
         self.launch("linear", arguments)
 

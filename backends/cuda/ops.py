@@ -7,6 +7,8 @@ devices are registered by :mod:`mqc.backends.cuda.register`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,23 +86,6 @@ def apply_unpacked(
     return y if residual is None else y + residual
 
 
-def fake(
-    xq: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    x_scale: Tensor,
-    modality: Tensor | None,
-    bias: Tensor | None,
-    x_split: Tensor | None,
-    w_split: Tensor | None,
-    residual: Tensor | None,
-    layout: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Shape function: xq's rows times N."""
-    return xq.new_empty((*xq.shape[:-1], w_scale.shape[0]), dtype=dtype)
-
-
 def reference_a16(
     x: Tensor,
     weight: Tensor,
@@ -139,19 +124,9 @@ def apply_unpacked_a16(
     return y if residual is None else y + residual
 
 
-def fake_a16(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_split: Tensor | None,
-    w_split: Tensor | None,
-    residual: Tensor | None,
-    layout: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Shape function: x's rows times N."""
-    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=dtype)
+def fake(x: Tensor, weight: Tensor, w_scale: Tensor, *others: Any) -> Tensor:
+    """Shape function of both: x's rows times N, in the type that comes last."""
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=others[-1])
 
 
 LIBRARY.define(f"linear{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -159,7 +134,7 @@ LIBRARY.impl("linear", reference, "CPU")
 torch.library.register_fake("mqc_cuda::linear", fake, lib=LIBRARY)
 LIBRARY.define(f"linear_a16{SCHEMA_A16}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("linear_a16", reference_a16, "CPU")
-torch.library.register_fake("mqc_cuda::linear_a16", fake_a16, lib=LIBRARY)
+torch.library.register_fake("mqc_cuda::linear_a16", fake, lib=LIBRARY)
 
 LINEAR = torch.ops.mqc_cuda.linear.default
 LINEAR_A16 = torch.ops.mqc_cuda.linear_a16.default
