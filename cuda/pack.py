@@ -15,7 +15,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from mqc.errors import UsageError
+from mqc.errors import TargetError, UsageError
 from mqc.numerics.hadamard import hadamard_matrix
 from mqc.numerics.packing import unpack_int4
 
@@ -71,6 +71,24 @@ def layout_for(bits: int, group: int = 0) -> Layout | None:
         if not group or part % layout.group == 0
     ]
     return max(fitting, key=lambda layout: layout.group, default=None)
+
+
+def require_layout(name: str, bits: int, k: int, groups: int = 1) -> Layout:
+    """The layout of the weight ``name`` of ``k`` inputs with ``groups`` scales a channel.
+
+    Raises:
+        TargetError: where no kernel takes its bits and groups.
+    """
+    group = k // groups if groups > 1 else 0
+    layout = layout_for(bits, group)
+    if layout is not None:
+        return layout
+    raise TargetError(
+        f"{name} has {bits}-bit weights with a scale for every {group} inputs; the CUDA kernels "
+        "take groups in multiples of 32 inputs",
+        hint="set group_size to 32, 64 or 128 (as in decoder.weights.group_size=128) or to null, "
+        "or compile for a CPU: --target onnx --device cpu",
+    )
 
 
 def pack_weight(q: Tensor, layout: Layout, scales: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import fx
 
 from mqc.backends.cuda.half import to_half
 from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
-from mqc.cuda.pack import Layout, layout_for, pack_linear
+from mqc.cuda.pack import Layout, pack_linear, require_layout
 from mqc.errors import TargetError
 from mqc.ir import Component, Program, TensorType, verify
 from mqc.ir.edit import (
@@ -109,7 +109,8 @@ def _pack_linears(program: Program, component: Component, counts: Counter[str]) 
         assert isinstance(k, int) and isinstance(n, int)
         name = str(node.meta.get("layer") or weight.target)
         bits = (_WEIGHT_ONLY if floats else _INTEGER)[node.target]
-        layout = _layout(name, bits, tensor_type(scale), k)
+        groups = int(tensor_type(scale).shape[1]) if tensor_type(scale).rank == 2 else 1
+        layout = require_layout(name, bits, k, groups)
         packed, factors = f"{weight.target}.packed", str(scale.target)
         if packed not in program.params:
             names = (str(weight.target), factors if layout.group else None)
@@ -132,25 +133,6 @@ def _pack_linears(program: Program, component: Component, counts: Counter[str]) 
         new.meta.update({key: node.meta[key] for key in ("bits", "layer") if key in node.meta})
         replace(node, new)
         counts["packed weights"] += 1
-
-
-def _layout(name: str, bits: int, scale: TensorType, k: int) -> Layout:
-    """The kernels' layout of a weight of ``k`` inputs with scales of a type.
-
-    Raises:
-        TargetError: where no kernel takes its bits and groups.
-    """
-    groups = int(scale.shape[1]) if scale.rank == 2 else 1
-    group = k // groups if groups > 1 else 0
-    layout = layout_for(bits, group)
-    if layout is not None:
-        return layout
-    raise TargetError(
-        f"{name} has {bits}-bit weights with a scale for every {group} inputs; the CUDA kernels "
-        "take groups in multiples of 32 inputs",
-        hint="set group_size to 32, 64 or 128 (as in decoder.weights.group_size=128) or to null, "
-        "or compile for --target onnx",
-    )
 
 
 def _packed(program: Program, names: tuple[str, str | None], k: int, size: int) -> Loader:

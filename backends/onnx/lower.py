@@ -21,6 +21,7 @@ from torch import fx
 import mqc.ops  # noqa: F401  (registers the operators)
 from mqc.analysis.heads import unrepeated
 from mqc.backends.onnx.library import LAYOUT, LAYOUT_FACT
+from mqc.cuda.pack import require_layout
 from mqc.errors import TargetError
 from mqc.ir import TUPLE, Component, Port, Program, TensorType
 from mqc.ir.edit import call, eliminate_dead_code, replace, tensor_type
@@ -59,7 +60,8 @@ def lower(program: Program, device: str | None = None) -> tuple[Program, dict[st
     ``device``, one of ``DEVICES``, is by default what the program was lowered for, else "cpu".
 
     Raises:
-        TargetError: the program computes in a type other than float32 that cannot be widened.
+        TargetError: the program computes in a type other than float32 that cannot be widened, or
+            has weights that the kernels of ``device`` do not take.
     """
     if program.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TargetError(
@@ -75,6 +77,8 @@ def lower(program: Program, device: str | None = None) -> tuple[Program, dict[st
     for component in result:
         if device == "cpu":
             counts["unsigned"] += _unsigned_activations(component)
+        else:
+            _require_kernels(component)
         counts["batched"] += _batch_products(component)
         counts["masks"] += _share_row_masks(component)
         counts["packed"] += _pack_weights(component, result.params)
@@ -108,6 +112,18 @@ def _unsigned_activations(component: Component) -> int:
         for port, value in zip(component.outputs, values, strict=True)
     ]
     return count
+
+
+def _require_kernels(component: Component) -> None:
+    """Raise :class:`TargetError` where the CUDA kernels take no weight as a linear has it: once a
+    kernel of an operator's name is registered, onnxruntime does not fall back to its body."""
+    for node in component.graph.nodes:
+        if node.op != "call_function" or node.target not in _STORED_BITS:
+            continue
+        k, scale = tensor_type(node.args[0]).shape[-1], tensor_type(node.args[2])
+        if isinstance(k, int) and scale.rank == 2:
+            name = str(node.meta.get("layer") or node.args[1].target)
+            require_layout(name, _STORED_BITS[node.target], k, int(scale.shape[1]))
 
 
 def _views_of(node: fx.Node) -> list[fx.Node]:

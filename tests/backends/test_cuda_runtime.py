@@ -18,6 +18,7 @@ from mqc.backends.cuda.executor import Arena, Call, Executor
 from mqc.backends.cuda.kernels import ReferenceKernels, quantize_rows
 from mqc.backends.cuda.lower import lower
 from mqc.backends.cuda.ops import LINEAR, LINEAR_A16
+from mqc.backends.onnx.target import OnnxTarget
 from mqc.cuda.pack import Layout, pack_linear
 from mqc.errors import TargetError, UsageError
 from mqc.host import KeyTable, ProgramEngine, Sampling, generate, generate_batch
@@ -270,9 +271,12 @@ def test_weight_groups_are_bit_equal_to_the_reference(bits: int, group: int) -> 
 
 def test_weights_that_no_kernel_takes_are_refused() -> None:
     program = cuda_cases.quantized("tiny-llava", ("decoder.weights.group_size=16",))
-    with pytest.raises(TargetError, match="with a scale for every 16 inputs") as caught:
-        lower(program)
-    assert "group_size" in str(caught.value.hint)
+    for_onnx = OnnxTarget().for_device("cuda").lower
+    for write in (lower, for_onnx):
+        with pytest.raises(TargetError, match="with a scale for every 16 inputs") as caught:
+            write(program)
+        assert "group_size" in str(caught.value.hint)
+    OnnxTarget().lower(program)
     with pytest.raises(TargetError, match="'int8'"):
         lower(cuda_cases.quantized("tiny-llava"), "int8")
 
