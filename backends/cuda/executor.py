@@ -219,28 +219,16 @@ def _readers(node: fx.Node, count: int) -> list[Callable[[dict[fx.Node, Any]], A
 
 
 def _linear(kernels: Kernels, node: fx.Node) -> Step:
-    read = _readers(node, 10)
-    dtype, name = node.args[10], node.name
+    """Of int8 and of float rows: their first and third arguments are the rows and N scales."""
+    method, name = "linear" if node.target is LINEAR else "linear_a16", node.name
+    read = _readers(node, len(node.args) - 1)
+    dtype = node.args[-1]
     assert isinstance(dtype, torch.dtype)
 
     def step(call: Call, values: dict[fx.Node, Any]) -> Tensor:
         args = [item(values) for item in read]
         out = call.arena.view(name, 0, (*args[0].shape[:-1], args[2].shape[0]), dtype)
-        kernels.linear(out, *args)
-        return out
-
-    return step
-
-
-def _linear_a16(kernels: Kernels, node: fx.Node) -> Step:
-    read = _readers(node, 8)
-    dtype, name = node.args[8], node.name
-    assert isinstance(dtype, torch.dtype)
-
-    def step(call: Call, values: dict[fx.Node, Any]) -> Tensor:
-        args = [item(values) for item in read]
-        out = call.arena.view(name, 0, (*args[0].shape[:-1], args[2].shape[0]), dtype)
-        kernels.linear_a16(out, *args)
+        getattr(kernels, method)(out, *args)
         return out
 
     return step
@@ -363,7 +351,7 @@ def _attention_full(kernels: Kernels, node: fx.Node) -> Step:
 
 _HANDLERS: dict[Any, Callable[[Kernels, fx.Node], Step | None]] = {
     LINEAR: _linear,
-    LINEAR_A16: _linear_a16,
+    LINEAR_A16: _linear,
     _mqc.rms_norm_quantize.default: _norm_quantize,
     _mqc.activation_quantize.default: _activation_quantize,
     _mqc.quantize_static.default: _quantize,
